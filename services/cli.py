@@ -1,0 +1,184 @@
+"""The `millrace` command: a table of subcommands, each a function of its arguments.
+
+Imports happen inside the commands, so that `millrace --help` answers at once and `millrace models list` needs no runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from services.settings import SettingsError, add_flags, read_settings
+from wire.errors import BadRequest, MillraceError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 for an error that has words, 2 for wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except (SettingsError, MillraceError) as error:
+        print(f"millrace: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError | BadRequest) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `millrace ... | head`
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="millrace", description="Serve language models: one process or many.")
+    parser.add_argument("--version", action="version", version=f"millrace {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="gateway and worker in one process")
+    up.set_defaults(command=_up)
+
+    generate = commands.add_parser("generate", help="one answer from a model, without a server")
+    generate.add_argument("prompt", nargs="?", help="a message to the model (its chat template is applied)")
+    generate.add_argument("--model", help="name or name@revision (default: the first of --models)")
+    generate.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as it stands")
+    generate.add_argument("--input-ids", metavar="1,2,3", help="token ids instead of a prompt")
+    generate.add_argument("--max-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--min-p", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after an end token, to max-tokens")
+    generate.add_argument("--json", action="store_true")
+    generate.set_defaults(command=_generate)
+
+    models = commands.add_parser("models", help="the model store")
+    actions = models.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("import", help="import a Hugging Face directory")
+    action.add_argument("directory")
+    action.add_argument("--name", required=True)
+    action.add_argument("--scheme", default="w8a8", choices=("w8a8", "fp32"), help="how weights are stored (default w8a8)")
+    action.add_argument("--json", action="store_true")
+    action.set_defaults(command=_models_import)
+    for name, help_text in (
+        ("list", "what the store holds"),
+        ("show", "one model's manifest"),
+        ("verify", "hash every file again"),
+        ("rm", "remove one revision"),
+    ):
+        action = actions.add_parser(name, help=help_text)
+        if name != "list":
+            action.add_argument("model", help="name or name@revision")
+        action.add_argument("--json", action="store_true")
+        action.set_defaults(command=_models_action, action=name)
+
+    doctor = commands.add_parser("doctor", help="this machine, and the sizes that would be chosen here")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(command=_doctor)
+
+    bench = commands.add_parser("bench", help="measure")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    engine = kinds.add_parser("engine", help="the engine with random tokens: scheduler, model and sampling, no HTTP")
+    engine.add_argument("--model", help="name or name@revision (default: the first of --models)")
+    engine.add_argument("--prompt-tokens", type=int, default=128)
+    engine.add_argument("--new-tokens", type=int, default=64)
+    engine.add_argument("--concurrency", default="1,8,32", metavar="1,8,32")
+    engine.add_argument("--rounds", type=int, default=3, help="passes over all concurrencies, interleaved; medians are shown")
+    engine.add_argument("--profile", action="store_true", help="also split a step by operator (an extra pass)")
+    engine.add_argument("--json", action="store_true")
+    engine.set_defaults(command=_bench_engine)
+
+    for leaf in (up, generate, doctor, engine, *actions.choices.values()):
+        add_flags(leaf)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("millrace")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from services.up import up
+
+    return up(read_settings(arguments))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from services.generate import Question, generate
+
+    if (arguments.prompt is None) == (arguments.input_ids is None):
+        raise BadRequest("give a prompt or --input-ids, one of the two")
+    settings = read_settings(arguments)
+    question = Question(
+        model=arguments.model or settings.model_names[0],
+        prompt=arguments.prompt,
+        is_raw=arguments.raw,
+        input_ids=None if arguments.input_ids is None else _integers(arguments.input_ids, "--input-ids"),
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        ignore_eos=arguments.ignore_eos,
+    )
+    return generate(settings, question, as_json=arguments.json)
+
+
+def _models_import(arguments: argparse.Namespace) -> int:
+    from services.model_commands import import_directory
+
+    settings = read_settings(arguments)
+    return import_directory(settings, arguments.directory, arguments.name, arguments.scheme, as_json=arguments.json)
+
+
+def _models_action(arguments: argparse.Namespace) -> int:
+    from services import model_commands
+
+    settings = read_settings(arguments)
+    if arguments.action == "list":
+        return model_commands.show_list(settings, as_json=arguments.json)
+    actions = {"show": model_commands.show, "verify": model_commands.verify, "rm": model_commands.remove}
+    return actions[arguments.action](settings, arguments.model, as_json=arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from services.doctor import doctor
+
+    return doctor(read_settings(arguments), as_json=arguments.json)
+
+
+def _bench_engine(arguments: argparse.Namespace) -> int:
+    from services.bench import Workload, bench_engine
+
+    settings = read_settings(arguments)
+    workload = Workload(
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        concurrency=tuple(_integers(arguments.concurrency, "--concurrency")),
+        rounds=arguments.rounds,
+    )
+    name = arguments.model or settings.model_names[0]
+    return bench_engine(settings, name, workload, profile=arguments.profile, as_json=arguments.json)
+
+
+def _integers(text: str, flag: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadRequest(f"{flag} {text!r} is not a comma-separated list of whole numbers", param=flag) from None
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

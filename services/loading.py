@@ -1,0 +1,132 @@
+"""From a name in the store to an engine that steps: the one way that `up`, `worker`, `generate` and `bench` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batcher.backend import ModelInput, SamplingInput
+from batcher.engine import Engine
+from kernels import library
+from model_store.manifest import ModelManifest, read_manifest
+from model_store.store import Store
+from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block, count_blocks
+from services.machine import Machine, inspect_machine
+from services.settings import Settings
+
+KV_SHARE_OF_FREE_MEMORY = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """An artifact of the store, found but not opened."""
+
+    directory: Path
+    manifest: ModelManifest
+
+
+def find_model(settings: Settings, name: str) -> StoredModel:
+    """Resolve `name` or `name@revision` in the store. Raises UnknownModel."""
+    directory = Store(settings.store).resolve(name)
+    return StoredModel(directory, read_manifest(directory))
+
+
+def step_limits(settings: Settings, machine: Machine | None = None) -> StepLimits:
+    """What the settings ask for, with the machine's own numbers where they say 0."""
+    machine = machine or inspect_machine()
+    return StepLimits(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_seqs=settings.max_batch_seqs,
+        kv_memory_bytes=settings.kv_memory_bytes or int(machine.free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
+        threads=settings.threads or machine.cores,
+    )
+
+
+def open_backend(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
+    """Load the model. The instruction set is chosen first: the kernels read it when they are created."""
+    if settings.kernels != "auto":
+        library.load().set_isa(settings.kernels)
+    return OnnxRuntimeBackend(model.directory, model.manifest, step_limits(settings), profile=profile)
+
+
+def open_engine(settings: Settings, model: StoredModel) -> Engine:
+    """Load the model and put an engine around it."""
+    return Engine(open_backend(settings, model), target_itl_s=settings.target_itl_ms / 1000)
+
+
+class ArtifactLogits:
+    """All logits of one sequence through an artifact, for parity: token ids [T] -> float32 [T, V].
+
+    One token a step would be slow and one step gives one row, so each prefix is asked for as its own sequence row by row
+    through the KV cache: exactly the path that serving takes.
+    """
+
+    def __init__(self, backend: OnnxRuntimeBackend) -> None:
+        self._backend = backend
+
+    def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        limits = self._backend.limits
+        count = len(token_ids)
+        num_blocks = -(-count // limits.block_size)
+        rows = np.empty((count, limits.vocab_size), dtype=np.float32)
+        table = np.arange(num_blocks, dtype=np.int32)[None, :]
+        one = np.ones(1, dtype=np.float32)
+        for t in range(count):
+            batch = ModelInput(
+                input_ids=token_ids[t : t + 1],
+                positions=np.array([t], dtype=np.int64),
+                cu_seqlens=np.array([0, 1], dtype=np.int32),
+                past_lens=np.array([t], dtype=np.int32),
+                block_table=table,
+                slot_mapping=np.array([t], dtype=np.int32),
+                logits_rows=np.array([0], dtype=np.int32),
+            )
+            greedy = SamplingInput(
+                temperature=0 * one,
+                top_k=np.zeros(1, dtype=np.int32),
+                top_p=one,
+                min_p=0 * one,
+                seed=np.zeros(1, dtype=np.int64),
+                position=np.array([t + 1], dtype=np.int64),
+            )
+            rows[t] = self._backend.forward(batch, greedy).logits[0]
+        return rows
+
+
+@contextmanager
+def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest) -> Iterator[ArtifactLogits]:
+    """Open an artifact that is not in the store yet, small, for as long as its parity is measured."""
+    limits = step_limits(settings)
+    few_blocks = bytes_per_block(manifest) * 64
+    small = StepLimits(max_batch_tokens=256, max_batch_seqs=4, kv_memory_bytes=few_blocks, threads=limits.threads)
+    backend = OnnxRuntimeBackend(directory, manifest, small)
+    try:
+        yield ArtifactLogits(backend)
+    finally:
+        backend.close()
+
+
+def describe(settings: Settings, model: StoredModel, machine: Machine) -> dict[str, object]:
+    """The numbers this machine will choose for this model, and what they come from."""
+    limits = step_limits(settings, machine)
+    blocks = count_blocks(model.manifest, limits)
+    block_size = model.manifest.kv_cache.block_size
+    return {
+        "model": model.manifest.model_id,
+        "scheme": model.manifest.scheme,
+        "parameters": model.manifest.num_parameters,
+        "weights_bytes": sum(entry.size_bytes for entry in model.manifest.files.values()),
+        "context_tokens": model.manifest.geometry.max_model_len,
+        "kv_bytes_per_token": bytes_per_block(model.manifest) // block_size,
+        "kv_blocks": blocks,
+        "kv_tokens": blocks * block_size,
+        "kv_memory_bytes": blocks * bytes_per_block(model.manifest),
+        "threads": limits.threads,
+        "max_batch_tokens": limits.max_batch_tokens,
+        "max_batch_seqs": limits.max_batch_seqs,
+    }

@@ -1,0 +1,118 @@
+"""What crosses a process boundary: requests one way, events the other.
+
+The wire speaks token ids, never text and never tensors. A request's events are `Tokens* (Finished | Failed)`:
+exactly one terminal event, always. Encoding is msgpack with a schema (msgspec): unknown tags, wrong types and values
+out of bounds are refused while decoding; nothing on the wire is ever code.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+WIRE_VERSION: Final = 1
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the next token is chosen from the logits; the meaning is defined in batcher/sampling.py.
+
+    Filters apply in the order temperature, top_k, top_p, min_p. temperature 0 is greedy (lowest id wins a tie).
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # 0 = no limit
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    seed: Seed = 0
+
+
+class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="generate"):
+    """One request for a completion. Travels from a gateway through the queue to one worker at a time."""
+
+    request_id: Annotated[str, Meta(min_length=1, max_length=128)]
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    prompt_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: list[TokenId] = []  # the model's end tokens and the caller's; the one that ends a request is not sent
+    min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # stop tokens do not end the request before this many
+    tenant: Annotated[str, Meta(max_length=128)] = ""  # salts the prefix cache
+    priority: Annotated[int, Meta(ge=-1, le=1)] = 0  # 1 = first
+    deadline_ms: Annotated[int, Meta(ge=0)] | None = None  # absolute, on the queue's clock
+
+    @property
+    def max_total_tokens(self) -> int:
+        """The longest this sequence can get: what admission must be able to hold."""
+        return len(self.prompt_ids) + self.max_tokens
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens billed. `cached_tokens` of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where a request's time went, in ms, as the worker saw it."""
+
+    queue_ms: float = 0.0  # leased -> first scheduled
+    prefill_ms: float = 0.0  # first scheduled -> first token
+    decode_ms: float = 0.0  # first token -> last token
+    preemptions: int = 0
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """The next tokens of a completion."""
+
+    request_id: str
+    first_index: int  # position of token_ids[0] in the completion: lets a reader drop duplicates
+    token_ids: list[int]
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """Terminal: the completion is whole."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    timings: Timings = Timings()
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Terminal: there will be no more tokens. `code` names a class of wire.errors."""
+
+    request_id: str
+    code: str
+    message: str
+    retryable: bool
+
+
+Event = Tokens | Finished | Failed
+Terminal = (Finished, Failed)
+
+_encoder = msgspec.msgpack.Encoder()
+_generate_decoder = msgspec.msgpack.Decoder(Generate)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encode(message: Generate | Event) -> bytes:
+    """One message as msgpack bytes."""
+    return _encoder.encode(message)
+
+
+def decode_generate(raw: bytes) -> Generate:
+    """The request in `raw`. Raises msgspec.ValidationError or DecodeError on anything that is not one."""
+    return _generate_decoder.decode(raw)
+
+
+def decode_event(raw: bytes) -> Event:
+    """The event in `raw`. Raises msgspec.ValidationError or DecodeError on anything that is not one."""
+    return _event_decoder.decode(raw)

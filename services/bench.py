@@ -19,6 +19,7 @@ import numpy as np
 
 from batcher.engine import Engine
 from kernels import library
+from kernels.limits import Limits, measure_limits
 from model_store.manifest import WEIGHTS_FILE, ModelManifest
 from services.backends.onnxruntime import OnnxRuntimeBackend
 from services.loading import StoredModel, find_model, open_backend, step_limits
@@ -51,18 +52,18 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
     """Measure and print; see the module's text for what the numbers mean."""
     model = find_model(settings, name)
     _check(model.manifest, workload)
-    threads = step_limits(settings).threads
+    threads, vocab_size = step_limits(settings).threads, model.manifest.geometry.vocab_size
     backend = open_backend(settings, model)
-    _run(Engine(backend), workload.prompt_tokens, 4, 2, seed=0)  # first touch of weights and pool
+    _run(Engine(backend), vocab_size, workload.prompt_tokens, 4, 2, seed=0)  # first touch of weights and pool
     passes: dict[int, list[Pass]] = defaultdict(list)
-    limits: list[library.Limits] = []
+    limits: list[Limits] = []
     for round_index in range(workload.rounds):
-        limits.append(library.load().measure_limits(threads))
+        limits.append(measure_limits(threads))
         for count in workload.concurrency:
             # A new engine is a new prefix cache: prompts of earlier passes must not be found.
             engine = Engine(backend)
             passes[count].append(
-                _run(engine, workload.prompt_tokens, workload.new_tokens, count, seed=1000 * round_index + count)
+                _run(engine, vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=1000 * round_index + count)
             )
             if not as_json:
                 print(f"\rround {round_index + 1}/{workload.rounds}, concurrency {count}   ", end="", file=sys.stderr)
@@ -71,7 +72,7 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
     report = {
         "model": model.manifest.model_id,
         "scheme": model.manifest.scheme,
-        "kernels": library.load().isa_active(),
+        "kernels": library.isa_active(),
         "threads": threads,
         "workload": asdict(workload),
         "limits": {
@@ -94,9 +95,8 @@ def _check(manifest: ModelManifest, workload: Workload) -> None:
         raise BadRequest(f"{total} tokens a request; {manifest.model_id} accepts {manifest.geometry.max_model_len}")
 
 
-def _run(engine: Engine, prompt_tokens: int, new_tokens: int, count: int, *, seed: int) -> Pass:
+def _run(engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, count: int, *, seed: int) -> Pass:
     random = np.random.default_rng(seed)
-    vocab_size = engine.limits.vocab_size
     for index in range(count):
         prompt = [int(token) for token in random.integers(0, vocab_size, prompt_tokens)]
         engine.add(Generate(request_id=f"bench-{index}", model="", prompt_ids=prompt, max_tokens=new_tokens), (), 1)
@@ -111,12 +111,13 @@ def _run(engine: Engine, prompt_tokens: int, new_tokens: int, count: int, *, see
         steps += 1
         if not first_token_s and len(begun) == count:
             first_token_s = time.perf_counter() - start
-    split = asdict(engine.load.step_seconds)
-    return Pass(time.perf_counter() - start, first_token_s, steps, split)
+    elapsed_s, load = time.perf_counter() - start, engine.load
+    split = {"plan": load.plan_s, "pack": load.pack_s, "forward": load.forward_s, "commit": load.commit_s}
+    return Pass(elapsed_s, first_token_s, steps, split)
 
 
 def _summary(
-    count: int, passes: list[Pass], workload: Workload, model: StoredModel, limits: list[library.Limits]
+    count: int, passes: list[Pass], workload: Workload, model: StoredModel, limits: list[Limits]
 ) -> dict[str, object]:
     tokens = count * (workload.prompt_tokens + workload.new_tokens)
     total = sorted(tokens / each.elapsed_s for each in passes)
@@ -150,10 +151,11 @@ def _summary(
 
 def _profile(settings: Settings, model: StoredModel, workload: Workload) -> dict[str, dict[str, float]]:
     """Mean ms of a step by operator at the largest concurrency, from ONNX Runtime's own profile (it adds some overhead)."""
+    vocab_size = model.manifest.geometry.vocab_size
     with tempfile.TemporaryDirectory() as directory:
         backend: OnnxRuntimeBackend = open_backend(settings, model, profile=Path(directory) / "ort")
         count = max(workload.concurrency)
-        done = _run(Engine(backend), workload.prompt_tokens, workload.new_tokens, count, seed=7)
+        done = _run(Engine(backend), vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=7)
         events = json.loads(backend.end_profiling().read_text())
         backend.close()
     spent: dict[str, float] = defaultdict(float)

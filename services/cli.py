@@ -6,11 +6,11 @@ Imports happen inside the commands, so that `millrace --help` answers at once an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
-from services.settings import SettingsError, add_flags, read_settings
+from kernels.library import KernelsUnavailable
+from services.settings import SettingsError, add_flags, package_version, read_settings
 from wire.errors import BadRequest, MillraceError
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.command(arguments)
         return code
-    except (SettingsError, MillraceError) as error:
+    except (SettingsError, MillraceError, KernelsUnavailable) as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError | BadRequest) else 1
     except KeyboardInterrupt:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="millrace", description="Serve language models: one process or many.")
-    parser.add_argument("--version", action="version", version=f"millrace {_version()}")
+    parser.add_argument("--version", action="version", version=f"millrace {package_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="gateway and worker in one process")
@@ -92,15 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     for leaf in (up, generate, doctor, engine, *actions.choices.values()):
         add_flags(leaf)
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("millrace")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -173,11 +164,6 @@ def _integers(text: str, flag: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise BadRequest(f"{flag} {text!r} is not a comma-separated list of whole numbers", param=flag) from None
-
-
-def print_json(value: object) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(value))
 
 
 if __name__ == "__main__":

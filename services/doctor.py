@@ -19,15 +19,14 @@ def doctor(settings: Settings, *, as_json: bool) -> int:
     instruction_sets: list[str] = []
     active = "none"
     try:
-        native = library.load()
-        instruction_sets, active = native.isa_available(), native.isa_active()
-    except FileNotFoundError as error:
+        instruction_sets, active = list(library.isa_available()), library.isa_active()
+    except library.KernelsUnavailable as error:
         problems.append(str(error))
     stored = Store(settings.store).list()
     models = [describe(settings, find_model(settings, manifest.model_id), machine) for manifest in stored]
     if not stored:
         problems.append(f"the store {settings.store} is empty; import a model: millrace models import DIR --name NAME")
-    report = {
+    report: dict[str, object] = {
         "machine": asdict(machine),
         "kernels": {"available": instruction_sets, "active": active},
         "store": str(settings.store),

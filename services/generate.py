@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 
 from batcher.engine import Engine
+from gateway.limits import GatewayLimits
 from gateway.models import ServedModel
-from services.loading import find_model, open_engine
+from services.loading import find_model, open_backend, open_engine
 from services.settings import Settings
 from wire.errors import BadRequest, error_from_code
 from wire.messages import Failed, Finished, Generate, SamplingParams, Tokens
@@ -34,16 +35,16 @@ class Question:
 def generate(settings: Settings, question: Question, *, as_json: bool) -> int:
     """Print the answer: its text as it comes, or with `as_json` one document with token_ids and finish_reason."""
     stored = find_model(settings, question.model)
-    model = ServedModel.load(stored.directory, stored.manifest)
+    model = ServedModel.load(stored.directory, GatewayLimits())
     request = _request(question, model)
-    engine = open_engine(settings, stored)
+    engine = open_engine(settings, open_backend(settings, stored))
     engine.add(request, (), 1)
     token_ids, finished = _run(engine, model, show=not as_json)
     if as_json:
         answer = {
             "token_ids": token_ids,
             "finish_reason": finished.reason,
-            "text": model.decode(token_ids),
+            "text": model.tokenizer.decode(token_ids, skip_special_tokens=True),
             "prompt_tokens": finished.usage.prompt_tokens,
             "completion_tokens": finished.usage.completion_tokens,
         }
@@ -58,10 +59,11 @@ def _request(question: Question, model: ServedModel) -> Generate:
             raise BadRequest(f"--{name.replace('_', '-')} is {value}; expected 0 to {100 if name == 'temperature' else 1}")
     if question.input_ids is not None:
         prompt_ids = question.input_ids
-    elif question.is_raw or not model.has_chat_template:
-        prompt_ids = model.encode(question.prompt or "")
+    elif question.is_raw or model.chat is None:
+        prompt_ids = model.tokenizer.encode(question.prompt or "", add_special_tokens=True)
     else:
-        prompt_ids = model.encode_chat([{"role": "user", "content": question.prompt or ""}])
+        text = model.chat.render([{"role": "user", "content": question.prompt or ""}])
+        prompt_ids = model.tokenizer.encode(text, add_special_tokens=False)
     if not prompt_ids:
         raise BadRequest("the prompt has no tokens")
     return Generate(
@@ -82,17 +84,17 @@ def _request(question: Question, model: ServedModel) -> Generate:
 
 def _run(engine: Engine, model: ServedModel, *, show: bool) -> tuple[list[int], Finished]:
     token_ids: list[int] = []
-    stream = model.text_stream()
+    stream = model.tokenizer.detokenizer()
     while engine.has_work:
         for append in engine.step():
             match append.event:
                 case Tokens() as event:
                     token_ids += event.token_ids
                     if show:
-                        print(stream.push(event.token_ids), end="", flush=True)
+                        print("".join(map(stream.push, event.token_ids)), end="", flush=True)
                 case Finished() as event:
                     if show:
-                        print(stream.finish())
+                        print(stream.flush())
                     return token_ids, event
                 case Failed() as event:
                     raise error_from_code(event.code)(event.message)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from batcher.backend import ModelInput, SamplingInput
+from batcher.backend import Backend, ModelInput, SamplingInput
 from batcher.engine import Engine
 from kernels import library
 from model_store.manifest import ModelManifest, read_manifest
@@ -49,14 +49,15 @@ def step_limits(settings: Settings, machine: Machine | None = None) -> StepLimit
 
 def open_backend(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
     """Load the model. The instruction set is chosen first: the kernels read it when they are created."""
-    if settings.kernels != "auto":
-        library.load().set_isa(settings.kernels)
-    return OnnxRuntimeBackend(model.directory, model.manifest, step_limits(settings), profile=profile)
+    limits = step_limits(settings)
+    library.set_isa(None if settings.kernels == "auto" else settings.kernels)
+    library.set_threads(limits.threads)
+    return OnnxRuntimeBackend(model.directory, model.manifest, limits, profile=profile)
 
 
-def open_engine(settings: Settings, model: StoredModel) -> Engine:
-    """Load the model and put an engine around it."""
-    return Engine(open_backend(settings, model), target_itl_s=settings.target_itl_ms / 1000)
+def open_engine(settings: Settings, backend: Backend) -> Engine:
+    """An engine around a loaded model, as the settings want it to step."""
+    return Engine(backend, target_itl_s=settings.target_itl_ms / 1000)
 
 
 class ArtifactLogits:

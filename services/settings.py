@@ -13,6 +13,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final, get_args, get_origin, get_type_hints
 
@@ -44,7 +45,7 @@ class Settings:
     models: Annotated[str, About("models to serve, comma separated: name or name@revision")] = "millpond"
     host: Annotated[str, About("address the gateway listens on")] = "127.0.0.1"
     port: Annotated[int, About("port of the gateway", 0, 65535)] = 8000
-    metrics_port: Annotated[int, About("port of /metrics; 0 = the gateway's port + 1", 0, 65535)] = 0
+    metrics_port: Annotated[int, About("port of its own for /metrics; 0 = on the gateway's port", 0, 65535)] = 0
     threads: Annotated[int, About("compute threads; 0 = one for each core this process may use", 0, 1024)] = 0
     kernels: Annotated[str, About("instruction set of the kernels", choices=("auto", "portable", "avx2", "avx512"))] = (
         "auto"
@@ -167,3 +168,11 @@ def read_settings(arguments: argparse.Namespace, environment: Mapping[str, str] 
             values[name] = _parse(name, getattr(arguments, f"setting_{name}"), "--" + name.replace("_", "-"))
     values.setdefault("store", Settings().store.expanduser())
     return Settings(**values)  # type: ignore[arg-type]  # _parse has given each value its field's type
+
+
+def package_version() -> str:
+    """The installed version of Millrace."""
+    try:
+        return version("millrace")
+    except PackageNotFoundError:
+        return "unknown (not installed)"

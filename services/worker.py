@@ -43,24 +43,25 @@ class _Owned:
 
 
 class Worker:
-    """One engine's place in the fleet. Make it, `await run()` until `stop()`; `on_step` sees the load after each step."""
+    """One engine's place in the fleet: make it, `await run()` until `stop()`."""
 
     def __init__(
         self,
         worker_id: str,
         model_id: str,
         engine: Engine,
+        limits: BackendLimits,
         queue: Queue,
         *,
         lease_s: float,
-        on_step: Callable[[EngineLoad], None] = lambda load: None,
     ) -> None:
         self._worker_id = worker_id
-        self._model_id = model_id
+        self.model_id = model_id
         self._engine = engine
         self._queue = queue
         self._lease_s = lease_s
-        self._on_step = on_step
+        self.limits = limits
+        self.load = engine.load  # as of the last step; any thread may read it
         self._owned: dict[str, _Owned] = {}
         self._inbox: deque[Callable[[], object]] = deque()
         self._outbox: deque[Append] = deque()
@@ -72,10 +73,6 @@ class Worker:
         self._fatal: BaseException | None = None
         self._last_step = time.monotonic()
         self._is_idle = True
-
-    @property
-    def limits(self) -> BackendLimits:
-        return self._engine.limits
 
     @property
     def is_alive(self) -> bool:
@@ -93,7 +90,7 @@ class Worker:
     async def run(self) -> None:
         """Serve until `stop()`. Raises BackendError when the backend is lost; what was leased is handed back first."""
         loop = asyncio.get_running_loop()
-        thread = threading.Thread(target=self._run_engine, args=(loop,), name=f"engine-{self._model_id}", daemon=True)
+        thread = threading.Thread(target=self._run_engine, args=(loop,), name=f"engine-{self.model_id}", daemon=True)
         thread.start()
         tasks = [asyncio.create_task(each()) for each in (self._lease_loop, self._publish_loop, self._renew_loop)]
         try:
@@ -141,6 +138,9 @@ class Worker:
                 await self._work_changed.wait()
                 continue
             leases = await self._queue.lease(budget, wait_s=self._lease_s)
+            if self._draining:  # the call was waiting when the drain began
+                await self._queue.release([(lease.request.request_id, lease.epoch) for lease in leases])
+                continue
             for lease in leases:
                 self._accept(lease)
 
@@ -150,7 +150,7 @@ class Worker:
         taken = sum(owned.request.max_total_tokens for owned in self._owned.values())
         return LeaseBudget(
             worker_id=self._worker_id,
-            models=(self._model_id,),
+            models=(self.model_id,),
             max_requests=2 * limits.max_batch_seqs - len(self._owned),
             max_tokens=int(OVERCOMMIT * capacity) - taken,
             capacity_tokens=capacity,
@@ -220,7 +220,7 @@ class Worker:
                     continue
                 appends = self._engine.step()
                 self._last_step = time.monotonic()
-                self._on_step(self._engine.load)
+                self.load = self._engine.load
                 if appends:
                     self._outbox.extend(appends)
                     loop.call_soon_threadsafe(self._outbox_filled.set)

@@ -1,0 +1,123 @@
+"""`millrace models ...`: import, list, show, verify, rm; and the shipped model's import at first start."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from model_store.manifest import ModelManifest
+from model_store.store import Store
+from services.loading import ArtifactLogits, artifact_logits, find_model
+from services.settings import Settings
+from wire.errors import UnknownModel
+
+SHIPPED_NAME = "millpond"
+SHIPPED_DIRECTORY = Path(__file__).resolve().parents[1] / "models" / SHIPPED_NAME
+
+
+def import_directory(settings: Settings, directory: str, name: str, scheme: str, *, as_json: bool) -> int:
+    """Import a checkpoint, showing progress on standard error; prints the manifest's summary."""
+    start = time.perf_counter()
+    manifest = _import(settings, Path(directory).expanduser(), name, scheme, is_quiet=as_json)
+    if as_json:
+        print(msgspec.json.encode(manifest).decode())
+    else:
+        print(f"{_line(manifest)}\nstored as {manifest.model_id} in {settings.store} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+def ensure_shipped(settings: Settings) -> None:
+    """Import the shipped model if it is asked for and the store does not hold it yet."""
+    if SHIPPED_NAME in settings.model_names and SHIPPED_DIRECTORY.is_dir():
+        try:
+            Store(settings.store).resolve(SHIPPED_NAME)
+        except UnknownModel:
+            print(f"importing the shipped model {SHIPPED_NAME} ...", file=sys.stderr)
+            _import(settings, SHIPPED_DIRECTORY, SHIPPED_NAME, "w8a8", is_quiet=True)
+
+
+def show_list(settings: Settings, *, as_json: bool) -> int:
+    """One line for each artifact."""
+    manifests = Store(settings.store).list()
+    if as_json:
+        print(json.dumps([_summary(manifest) for manifest in manifests]))
+    else:
+        for manifest in manifests:
+            print(_line(manifest))
+        if not manifests:
+            print(f"the store {settings.store} is empty", file=sys.stderr)
+    return 0
+
+
+def show(settings: Settings, name: str, *, as_json: bool) -> int:
+    """The whole manifest, with its files."""
+    manifest = find_model(settings, name).manifest
+    raw = msgspec.json.encode(manifest)
+    print(raw.decode() if as_json else msgspec.json.format(raw, indent=2).decode())
+    return 0
+
+
+def verify(settings: Settings, name: str, *, as_json: bool) -> int:
+    """Hash every file again and check the graph; the store raises with the file's name if one differs."""
+    manifest = Store(settings.store).verify(name)
+    size = sum(entry.size_bytes for entry in manifest.files.values())
+    if as_json:
+        print(json.dumps({"model": manifest.model_id, "files": len(manifest.files), "size_bytes": size, "verified": True}))
+    else:
+        print(f"{manifest.model_id}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
+    return 0
+
+
+def remove(settings: Settings, name: str, *, as_json: bool) -> int:
+    """Remove one revision."""
+    manifest = find_model(settings, name).manifest
+    Store(settings.store).remove(manifest.model_id)
+    print(json.dumps({"removed": manifest.model_id}) if as_json else f"removed {manifest.model_id}")
+    return 0
+
+
+def _import(settings: Settings, directory: Path, name: str, scheme: str, *, is_quiet: bool) -> ModelManifest:
+    from model_store.importing import import_model  # brings onnx; only imports need it
+
+    @contextmanager
+    def candidate(artifact: Path, manifest: ModelManifest) -> Iterator[ArtifactLogits]:
+        with artifact_logits(settings, artifact, manifest) as logits:
+            yield logits
+
+    def progress(text: str, done: int, total: int) -> None:
+        if not is_quiet:
+            end = "\n" if done >= total else ""
+            print(f"\r{text:<28} {done:>5}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return import_model(
+        directory, Store(settings.store), name=name, scheme=scheme, candidate_factory=candidate, progress=progress
+    )
+
+
+def _summary(manifest: ModelManifest) -> dict[str, object]:
+    return {
+        "model": manifest.model_id,
+        "architecture": manifest.architecture,
+        "scheme": manifest.scheme,
+        "target": manifest.target,
+        "parameters": manifest.num_parameters,
+        "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+        "context_tokens": manifest.geometry.max_model_len,
+        "parity_max_relative_error": manifest.parity.max_relative_error if manifest.parity else None,
+    }
+
+
+def _line(manifest: ModelManifest) -> str:
+    row = _summary(manifest)
+    parity = manifest.parity
+    error = f"logits within {parity.max_relative_error:.2e}" if parity else "parity not measured"
+    return (
+        f"{row['model']:<32} {row['architecture']:<20} {row['scheme']:<5} {row['parameters']:>14,} parameters"
+        f" {row['size_bytes']:>14,} bytes  {error}"
+    )

@@ -14,8 +14,9 @@ MillraceError
 ├── WorkerLost               500  retryable; deliveries used up
 └── Internal                 500  a bug of ours; the message never carries exception text
 
-Apart from everything so that gateway, batcher, queue and model store can raise the same words without knowing each other.
-`error_from_code` turns the code that travelled in a `Failed` message back into its class.
+Apart from everything so that gateway, batcher, queue and model store can raise the same words without knowing each
+other. `error_from_code` turns the code that travelled in a `Failed` message back into its class; what travels is a
+class of this file.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Conflict(MillraceError):
 
 
 class QueueFull(MillraceError):
-    """The queue holds its cap of outstanding tokens; come back after `retry_after_s`."""
+    """The queue holds its cap of tokens, waiting and running; come back after `retry_after_s`."""
 
     code = "queue_full"
     http_status = 429
@@ -124,6 +125,9 @@ def _tree(cls: type[MillraceError]) -> list[type[MillraceError]]:
     return [cls, *(leaf for child in cls.__subclasses__() for leaf in _tree(child))]
 
 
+_BY_CODE = {cls.code: cls for cls in _tree(MillraceError)[1:]}
+
+
 def error_from_code(code: str) -> type[MillraceError]:
     """The class that `code` names; an unknown code is an Internal (a newer peer may know more than we do)."""
-    return {cls.code: cls for cls in _tree(MillraceError)[1:]}.get(code, Internal)
+    return _BY_CODE.get(code, Internal)

@@ -2,11 +2,16 @@
 
 The wire speaks token ids, never text and never tensors. A request's events are `Tokens* (Finished | Failed)`:
 exactly one terminal event, always. Encoding is msgpack with a schema (msgspec): unknown tags, wrong types and values
-out of bounds are refused while decoding; nothing on the wire is ever code.
+out of bounds are refused while decoding; nothing on the wire is ever code. Constructing a message checks nothing:
+queues decode what they encode before they accept it, so a message out of bounds never reaches another process.
+
+Growth: a Generate with a field its reader does not know is refused (a worker must not ignore half a request), so
+workers are updated before gateways; unknown fields of events are ignored.
 """
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -14,8 +19,11 @@ from msgspec import Meta
 
 WIRE_VERSION: Final = 1
 
+RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
-Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
+Milliseconds = Annotated[float, Meta(ge=0.0)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # msgspec takes bounds within int64 only
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -26,7 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # 0 = no limit
+    top_k: Count = 0  # 0 = no limit
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     seed: Seed = 0
@@ -35,16 +43,18 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="generate"):
     """One request for a completion. Travels from a gateway through the queue to one worker at a time."""
 
-    request_id: Annotated[str, Meta(min_length=1, max_length=128)]
+    request_id: RequestId
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     prompt_ids: Annotated[list[TokenId], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
     sampling: SamplingParams = SamplingParams()
-    stop_token_ids: list[TokenId] = []  # the model's end tokens and the caller's; the one that ends a request is not sent
-    min_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # stop tokens do not end the request before this many
+    # The model's end tokens and the caller's; the one that ends a request is not sent.
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
+    min_tokens: Count = 0  # stop tokens do not end the request before this many
     tenant: Annotated[str, Meta(max_length=128)] = ""  # salts the prefix cache
     priority: Annotated[int, Meta(ge=-1, le=1)] = 0  # 1 = first
-    deadline_ms: Annotated[int, Meta(ge=0)] | None = None  # absolute, on the queue's clock
+    # Counts from acceptance, on the queue's clock: no other clock matters, and a request sent again stays equal.
+    deadline_ms: Annotated[int, Meta(ge=1, le=2_592_000_000)] | None = None
 
     @property
     def max_total_tokens(self) -> int:
@@ -55,32 +65,32 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gen
 class Usage(msgspec.Struct, frozen=True):
     """Tokens billed. `cached_tokens` of the prompt were found in the prefix cache."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
+    prompt_tokens: Count
+    completion_tokens: Count  # tokens in the log: the stop token that ended a request was not sent and is not billed
+    cached_tokens: Count = 0
 
 
 class Timings(msgspec.Struct, frozen=True):
     """Where a request's time went, in ms, as the worker saw it."""
 
-    queue_ms: float = 0.0  # leased -> first scheduled
-    prefill_ms: float = 0.0  # first scheduled -> first token
-    decode_ms: float = 0.0  # first token -> last token
-    preemptions: int = 0
+    queue_ms: Milliseconds = 0.0  # leased -> first scheduled
+    prefill_ms: Milliseconds = 0.0  # first scheduled -> first token
+    decode_ms: Milliseconds = 0.0  # first token -> last token
+    preemptions: Count = 0
 
 
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """The next tokens of a completion."""
 
-    request_id: str
-    first_index: int  # position of token_ids[0] in the completion: lets a reader drop duplicates
-    token_ids: list[int]
+    request_id: RequestId
+    first_index: Count  # position of token_ids[0] in the completion: lets a reader drop duplicates
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Terminal: the completion is whole."""
 
-    request_id: str
+    request_id: RequestId
     reason: FinishReason
     usage: Usage
     timings: Timings = Timings()
@@ -89,9 +99,9 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Terminal: there will be no more tokens. `code` names a class of wire.errors."""
 
-    request_id: str
-    code: str
-    message: str
+    request_id: RequestId
+    code: Annotated[str, Meta(min_length=1, max_length=64)]
+    message: Annotated[str, Meta(max_length=4096)]
     retryable: bool
 
 
@@ -104,15 +114,29 @@ _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def encode(message: Generate | Event) -> bytes:
-    """One message as msgpack bytes."""
+    """One message as msgpack bytes. Raises TypeError, ValueError or OverflowError for what msgpack cannot hold."""
     return _encoder.encode(message)
 
 
 def decode_generate(raw: bytes) -> Generate:
-    """The request in `raw`. Raises msgspec.ValidationError or DecodeError on anything that is not one."""
-    return _generate_decoder.decode(raw)
+    """The request in `raw`. Raises msgspec.DecodeError (a ValueError) on anything that is not one."""
+    try:
+        return _generate_decoder.decode(raw)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def decode_event(raw: bytes) -> Event:
-    """The event in `raw`. Raises msgspec.ValidationError or DecodeError on anything that is not one."""
-    return _event_decoder.decode(raw)
+    """The event in `raw`. Raises msgspec.DecodeError (a ValueError) on anything that is not one."""
+    try:
+        return _event_decoder.decode(raw)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def fingerprint(request: Generate) -> bytes:
+    """16 bytes that are equal for equal bodies: what a queue keeps to tell a repeated submit from a conflicting one.
+
+    Of a decoded request: decoding settles what may differ in writing (1 and 1.0, a tuple and a list).
+    """
+    return blake2b(_encoder.encode(request), digest_size=16).digest()

@@ -1,13 +1,18 @@
 """The queue's contract: what gateways and workers may rely on, whoever implements it.
 
-Promise: once `submit` has returned, the request reaches exactly one terminal event; each token index is appended once and
-delivered in order. Implementations: services/queues/memory.py (one process), services/queues/redis.py (many). Both pass
-tests/contracts/test_queue.py.
+Promise: once `submit` has returned, the request reaches exactly one terminal event; each token index is appended once
+and delivered in order. Implementations: services/queues/memory.py (one process), services/queues/redis.py (many). Both
+pass tests/contracts/test_queue.py.
 
-Leases fence: `lease` hands a request to one worker with a new `epoch`; an append that carries another epoch is refused with
-FENCED and changes nothing. A lease that is not renewed (publishing renews) lapses, and the request is handed out again with
-the tokens logged so far, so that the next worker continues at the next index. After `max_deliveries` the request ends as
-Failed(worker_lost).
+Leases fence: `lease` hands a request to one worker with a new `epoch`; an append that carries another epoch is refused
+with FENCED and changes nothing. A lease that is not renewed (publishing renews) lapses, and the request is handed out
+again with the tokens logged so far, so that the next worker continues at the next index. Until somebody takes it over,
+an owner that was merely late has its lease back with its next append or renewal. When the lease of delivery
+`max_deliveries` lapses, the request ends as Failed(worker_lost). A request that passes its deadline, waiting or
+running, ends as Failed(deadline_exceeded).
+
+A call whose reply was lost may be repeated: what has been done already is recognised and not done twice (a lost `lease`
+is not: what it handed out lapses). An epoch is never given out twice, not even to a later request of the same id.
 """
 
 from __future__ import annotations
@@ -22,13 +27,20 @@ from wire.messages import Event, Generate
 
 @dataclass(frozen=True, slots=True)
 class LeaseBudget:
-    """What a worker can take now; `lease` returns only requests that fit, oldest first within a priority."""
+    """What a worker can take now; `lease` returns only requests that fit: priority 1 first, then oldest first.
+
+    A request that fits into capacity_tokens but not into max_tokens now may be overtaken by younger ones that fit, a
+    bounded number of times; then it blocks the line for this worker until it fits. So an idle worker's max_tokens must
+    not be less than its capacity_tokens.
+    """
 
     worker_id: str
     models: tuple[str, ...]
     max_requests: int
     max_tokens: int  # sum of max_total_tokens of the leased requests (their KV, in tokens)
-    capacity_tokens: int  # a request larger than this can never fit: it is handed out all the same, to be refused in words
+    # A request larger than this can never fit: it is handed out all the same, to be refused in words. It takes one of
+    # max_requests and nothing of max_tokens.
+    capacity_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class Append:
 class RefusalReason(Enum):
     """Why an append or a renewal was refused; the worker drops the sequence in every case."""
 
-    FENCED = "fenced"  # another epoch owns the request, or it has already ended
+    FENCED = "fenced"  # another epoch owns the request, or it has already ended, or it is unknown
     CANCELLED = "cancelled"  # the client cancelled; the worker answers with Finished("cancelled")
     EXPIRED = "expired"  # its deadline has passed; the queue has already published Failed(deadline_exceeded)
 
@@ -63,6 +75,7 @@ class Refusal:
 
     request_id: str
     reason: RefusalReason
+    epoch: int  # that was refused: who has leased the request again must not drop the new lease for the old one
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,32 +92,42 @@ class Queue(Protocol):
     """Requests in, events out, each exactly once."""
 
     async def submit(self, request: Generate) -> None:
-        """Accept the request. Idempotent by request id; raises Conflict for another body, QueueFull over the cap."""
+        """Accept the request. Idempotent by request id: the same body attaches, as long as the log is kept.
+
+        Raises Conflict for another body, QueueFull (with retry_after_s from the measured rate) over the cap of tokens
+        that wait or run, RequestTooLarge if it exceeds the whole cap, BadRequest if it cannot travel.
+        """
         ...
 
     async def cancel(self, request_id: str) -> None:
-        """Ask that the request stops. Waiting: it ends at once. Running: its worker learns at its next append or renewal.
+        """Ask that the request stops. Waiting: ends at once. Running: its worker learns at its next append or renewal.
 
-        Cancelling what has ended is not an error; raises UnknownRequest for an id never seen or expired.
+        It ends as Finished("cancelled") with the usage of what was logged. Cancelling what has ended is not an error;
+        raises UnknownRequest for an id never seen or expired.
         """
         ...
 
     def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
         """Replay from token index `start`, then follow; ends after the terminal event. Any number of readers.
 
-        The first Tokens event starts exactly at `start` (a longer logged event is cut). Raises UnknownRequest.
+        The first Tokens event starts exactly at `start`. Logged events may come cut or joined: indices are the truth,
+        and a reader that has fallen behind gets more tokens an event, not more events. A start beyond the end of a
+        finished log yields the terminal alone. When iterated: raises UnknownRequest, BadRequest for a negative start,
+        and Unavailable if the queue is closed before the terminal.
         """
         ...
 
     async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
-        """Take what fits. Waits up to `wait_s` for the first request when there is none (no polling)."""
+        """Take what fits. Waits up to `wait_s` for the first request that does when there is none (no polling)."""
         ...
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
-        """Log these events, one write for all; duplicates (indices already logged under this epoch) are dropped.
+        """Log these events, one write for all; duplicates (indices or a terminal already logged) are dropped.
 
         Every accepted append renews its lease. A terminal event ends the request. A cancelled request's Tokens are
-        refused with CANCELLED (its Finished is accepted). A gap in indices raises ValueError: this is a bug.
+        refused with CANCELLED; its Finished is accepted, and logged as "cancelled" with the usage of what was logged.
+        Raises ValueError, having logged nothing, for what only a bug can send: a gap in indices, a Finished whose
+        usage.completion_tokens is not what the log holds, an event that cannot travel.
         """
         ...
 
@@ -113,13 +136,13 @@ class Queue(Protocol):
         ...
 
     async def release(self, leases: Sequence[tuple[str, int]]) -> None:
-        """Hand requests back at once, without counting the delivery (drain)."""
+        """Hand requests back at once, without counting the delivery (drain). What is no longer ours is left alone."""
         ...
 
     async def depth(self, model: str | None = None) -> Depth:
-        """Outstanding work, of one model or of all."""
+        """Outstanding work, of one model or of all. A request whose lease has lapsed waits."""
         ...
 
     async def close(self) -> None:
-        """End all readers and waiters; nothing may be called afterwards."""
+        """End all readers (Unavailable) and waiting lease() calls (nothing leased). Later calls raise Unavailable."""
         ...

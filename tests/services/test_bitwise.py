@@ -59,11 +59,11 @@ def one_model(shipped: StoredModel) -> Iterator[OneModel]:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn) -> list[Arrival]:
+def arrivals(draw: st.DrawFn, longest_tail: int = 60, most_new: int = 12) -> list[Arrival]:
     shared = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=0, max_size=40))
     found = []
     for index in range(draw(st.integers(1, 6))):
-        tail = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60))
+        tail = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=longest_tail))
         prompt = (shared if draw(st.booleans()) else []) + tail
         sampling = SamplingParams(
             temperature=draw(st.sampled_from([0.0, 0.0, 0.8, 1.5])),
@@ -71,7 +71,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             top_p=draw(st.sampled_from([1.0, 0.9])),
             seed=index + 1,
         )
-        generate = Generate(f"r{index}", "m", prompt, draw(st.integers(1, 12)), sampling)
+        generate = Generate(f"r{index}", "m", prompt, draw(st.integers(1, most_new)), sampling)
         found.append(Arrival(generate, draw(st.integers(0, 10))))
     return found
 
@@ -137,10 +137,10 @@ def test_chunked_prefill_equals_whole(one_model: OneModel, requests: list[Arriva
 
 
 @slow
-@given(requests=arrivals())
+@given(requests=arrivals(longest_tail=40, most_new=40))
 def test_preempted_in_a_tiny_pool_equals_unpreempted(one_model: OneModel, requests: list[Arrival]) -> None:
     expected, tokens = alone(one_model, requests)
-    seen = one_model.backend(blocks=8)  # 128 tokens: one of these requests always fits, most pairs do not
+    seen = one_model.backend(blocks=8)  # 128 tokens: one of these requests always fits, two that grow do not
     assert run(seen, requests) == tokens
     assert_same_bits(seen, expected)
 
@@ -177,7 +177,7 @@ def test_resumed_at_any_token_equals_uninterrupted(one_model: OneModel, requests
 
 def test_the_properties_do_batch_and_do_preempt(one_model: OneModel) -> None:
     """The examples above prove something only if batches form and pools run out."""
-    requests = [Arrival(Generate(f"r{i}", "m", [i + 1] * 40, 12, SamplingParams(seed=i)), 0) for i in range(6)]
+    requests = [Arrival(Generate(f"r{i}", "m", [i + 1] * 31, 40, SamplingParams(seed=i)), 0) for i in range(6)]
     wide = one_model.backend()
     run(wide, requests)
     assert wide.largest_batch == 6

@@ -145,7 +145,6 @@ def check_model_input(batch: ModelInput, sampling: SamplingInput, limits: Backen
     """Every promise of ModelInput and SamplingInput, checked; raises ValueError, naming the broken one."""
     _check_arrays(batch, sampling)
     counts = np.diff(batch.cu_seqlens)
-    ends = batch.past_lens + counts  # tokens in the cache after the step
     num_tokens, num_rows = len(batch.input_ids), len(counts)
     _claim(0 < num_rows <= limits.max_batch_seqs, f"{num_rows} sequences")
     _claim(0 < num_tokens <= limits.max_batch_tokens, f"{num_tokens} tokens")
@@ -153,6 +152,7 @@ def check_model_input(batch: ModelInput, sampling: SamplingInput, limits: Backen
     _claim(bool((counts > 0).all()), "a sequence without tokens")
     _claim(len(batch.past_lens) == num_rows == len(batch.block_table), "rows of past_lens or block_table")
     _claim(len(batch.positions) == len(batch.slot_mapping) == num_tokens, "length of positions or slot_mapping")
+    ends = batch.past_lens + counts  # tokens in the cache after the step
     _claim(bool((batch.past_lens >= 0).all()) and bool((ends <= limits.max_model_len).all()), "past_lens")
     _claim(
         bool(((batch.input_ids >= 0) & (batch.input_ids < limits.vocab_size)).all()), "a token not in the vocabulary"

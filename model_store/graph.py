@@ -1,0 +1,139 @@
+"""A typed writer of ONNX graphs.
+
+Every value carries its dtype and shape, and a node is checked against what it promises while it is written, so a
+mistake is found at the line that makes it. Nodes are named by address (/layers.3/attention), their outputs after them;
+initializers lie in weights.bin as external data; constants are shared by value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from model_store.manifest import WEIGHTS_FILE
+from model_store.weight_file import WeightFile
+
+OUR_DOMAIN: Final = "millrace"
+OUR_VERSION: Final = 1
+OPSET: Final = 21
+IR_VERSION: Final = 10
+
+Dim = int | str  # a number, or the name of an extent known at run time
+Attribute = int | float | str
+
+ELEMENT_TYPES: Final[dict[str, int]] = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "int8": onnx.TensorProto.INT8,
+    "int32": onnx.TensorProto.INT32,
+    "int64": onnx.TensorProto.INT64,
+}
+
+
+class GraphError(Exception):
+    """The graph being written does not fit together: a bug of the writer's caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An edge of the graph."""
+
+    name: str
+    dtype: str  # numpy name
+    shape: tuple[Dim, ...]
+
+    def expect(self, dtype: str, *shape: Dim) -> Value:
+        """This value, if it has this type. Raises GraphError."""
+        if self.dtype != dtype or self.shape != shape:
+            raise GraphError(f"{self.name} is {self.dtype}{list(self.shape)}; expected {dtype}{list(shape)}")
+        return self
+
+
+class Graph:
+    """One graph under construction."""
+
+    def __init__(self, name: str, weights: WeightFile) -> None:
+        self._graph = onnx.GraphProto(name=name)
+        self._weights = weights
+        self._names: set[str] = set()
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+
+    def input(self, name: str, dtype: str, *shape: Dim) -> Value:
+        """A graph input."""
+        value = self._value(name, dtype, shape)
+        self._graph.input.append(_value_info(value))
+        return value
+
+    def output(self, value: Value) -> None:
+        """Make `value` a graph output under its own name."""
+        self._graph.output.append(_value_info(value))
+
+    def weight(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[NDArray[np.generic]]) -> Value:
+        """An initializer whose bytes arrive in `pieces` and go straight to the weight file."""
+        value = self._value(name, dtype, shape)
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        span = self._weights.append(num_bytes, pieces)
+        tensor = self._graph.initializer.add(name=name, data_type=ELEMENT_TYPES[dtype], dims=shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, text in (("location", WEIGHTS_FILE), ("offset", str(span.offset)), ("length", str(span.num_bytes))):
+            tensor.external_data.add(key=key, value=text)
+        return value
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> Value:
+        """An initializer, or the one that was written before with the same dtype, shape and bytes."""
+        array = np.ascontiguousarray(array)
+        key = (array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self._constants:
+            self._constants[key] = self.weight(name, array.dtype.name, array.shape, [array])
+        return self._constants[key]
+
+    def node(
+        self,
+        op_type: str,
+        address: str,
+        inputs: Sequence[Value | None],
+        dtype: str,
+        *shape: Dim,
+        domain: str = OUR_DOMAIN,
+        output_name: str | None = None,
+        **attributes: Attribute,
+    ) -> Value:
+        """A node with one output of `dtype` and `shape`. An input of None is left out, as ONNX spells it."""
+        output = self._value(output_name or f"{address}:out", dtype, shape)
+        names = ["" if value is None else value.name for value in inputs]
+        while names and not names[-1]:
+            names.pop()
+        for name in names:
+            if name and name not in self._names:
+                raise GraphError(f"{address} reads {name}, which nothing wrote")
+        node = self._graph.node.add(op_type=op_type, name=address, domain=domain, input=names, output=[output.name])
+        for key, value in attributes.items():
+            node.attribute.append(onnx.helper.make_attribute(key, value))
+        return output
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model."""
+        model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="millrace", graph=self._graph)
+        model.opset_import.add(domain="", version=OPSET)
+        model.opset_import.add(domain=OUR_DOMAIN, version=OUR_VERSION)
+        return model
+
+    def _value(self, name: str, dtype: str, shape: tuple[Dim, ...]) -> Value:
+        if name in self._names:
+            raise GraphError(f"{name} is written twice")
+        if dtype not in ELEMENT_TYPES:
+            raise GraphError(f"{name} has dtype {dtype}; known are {', '.join(ELEMENT_TYPES)}")
+        if any(isinstance(dim, int) and dim < 1 for dim in shape):
+            raise GraphError(f"{name} has shape {list(shape)}")
+        self._names.add(name)
+        return Value(name, dtype, shape)
+
+
+def _value_info(value: Value) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(value.name, ELEMENT_TYPES[value.dtype], value.shape)

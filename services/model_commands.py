@@ -18,6 +18,7 @@ from services.settings import Settings
 from wire.errors import UnknownModel
 
 SHIPPED_NAME = "millpond"
+SHIPPED_SCHEME = "w8a8"
 SHIPPED_DIRECTORY = Path(__file__).resolve().parents[1] / "models" / SHIPPED_NAME
 
 
@@ -33,13 +34,17 @@ def import_directory(settings: Settings, directory: str, name: str, scheme: str,
 
 
 def ensure_shipped(settings: Settings) -> None:
-    """Import the shipped model if it is asked for and the store does not hold it yet."""
-    if SHIPPED_NAME in settings.model_names and SHIPPED_DIRECTORY.is_dir():
-        try:
-            Store(settings.store).resolve(SHIPPED_NAME)
-        except UnknownModel:
-            print(f"importing the shipped model {SHIPPED_NAME} ...", file=sys.stderr)
-            _import(settings, SHIPPED_DIRECTORY, SHIPPED_NAME, "w8a8", is_quiet=True)
+    """Import the shipped model if it is asked for and the store does not hold this release's revision of it yet."""
+    if SHIPPED_NAME not in settings.model_names or not SHIPPED_DIRECTORY.is_dir():
+        return
+    from model_store.importing import revision_of_source
+
+    shipped = f"{SHIPPED_NAME}@{revision_of_source(SHIPPED_DIRECTORY, SHIPPED_SCHEME)}"
+    try:
+        Store(settings.store).resolve(shipped)
+    except UnknownModel:
+        print(f"importing the shipped model {shipped} ...", file=sys.stderr)
+        _import(settings, SHIPPED_DIRECTORY, SHIPPED_NAME, SHIPPED_SCHEME, is_quiet=True)
 
 
 def show_list(settings: Settings, *, as_json: bool) -> int:

@@ -134,6 +134,12 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Scalar]:
     return found
 
 
+def describe_setting(name: str) -> str:
+    """What a setting means and accepts, in one line."""
+    kind, about = _about()[name]
+    return f"{about.help} ({_expectation(kind, about)})"
+
+
 def variables() -> list[str]:
     """The environment variables, in the order of the fields."""
     return [PREFIX + name.upper() for name in _about()]
@@ -144,8 +150,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings", "each is also an environment variable (MILLRACE_NAME) and a config key")
     group.add_argument("--config", metavar="FILE", help=f"TOML file of settings [{CONFIG_VARIABLE}]")
     for each in fields(Settings):
-        kind, about = _about()[each.name]
-        text = f"{about.help} ({_expectation(kind, about)}; default {each.default})"
+        text = f"{describe_setting(each.name)}, default {each.default}"
         group.add_argument(
             "--" + each.name.replace("_", "-"),
             dest=f"setting_{each.name}",

@@ -17,7 +17,9 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, make_asgi_app, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
+from starlette.requests import Request
+from starlette.responses import Response
 
 from gateway.app import create_app
 from gateway.limits import GatewayLimits
@@ -109,7 +111,11 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _expose_metrics(settings: Settings, app: FastAPI, registry: CollectorRegistry) -> None:
     if settings.metrics_port == 0:
-        app.mount("/metrics", make_asgi_app(registry))
+
+        async def metrics(_: Request) -> Response:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+        app.add_route("/metrics", metrics, include_in_schema=False)
         return
     try:
         start_http_server(settings.metrics_port, settings.host, registry)

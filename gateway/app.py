@@ -1,0 +1,80 @@
+"""The gateway as an application: its parts put together, its routes, its errors, its end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from gateway.admission import Admission
+from gateway.edge import Edge
+from gateway.generate import generate_routes
+from gateway.ledger import Ledger
+from gateway.limits import GatewayLimits
+from gateway.models import Models
+from gateway.openapi import Json, describe
+from gateway.probes import Health, probe_routes
+from gateway.problems import exception_handler
+from gateway.prompts import Prompts
+from gateway.room import Room
+from gateway.telemetry import NoTelemetry, Telemetry
+from gateway.tokenization import tokenize_routes
+from gateway.websocket import socket_routes
+from wire.errors import MillraceError
+from wire.queue import Queue
+
+
+def create_app(
+    queue: Queue,
+    models: Models,
+    *,
+    limits: GatewayLimits | None = None,
+    health: Callable[[], Health],
+    telemetry: Telemetry | None = None,
+    version: str = "unknown",
+) -> FastAPI:
+    """A gateway over `queue` for `models`. The caller owns the queue: it is not closed here.
+
+    When the application shuts down, requests that still run for its clients are cancelled.
+    """
+    limits = limits or GatewayLimits()
+    telemetry = telemetry or NoTelemetry()
+    prompts = Prompts(limits)
+    room = Room(
+        models=models,
+        limits=limits,
+        telemetry=telemetry,
+        health=health,
+        prompts=prompts,
+        admission=Admission(models, prompts, limits),
+        ledger=Ledger(queue, limits, telemetry),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await room.close()
+
+    # docs_url, redoc_url: those pages load scripts from other people's servers.
+    app = FastAPI(title="Millrace", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
+    for router in (
+        generate_routes(room),
+        socket_routes(room),
+        tokenize_routes(room),
+        probe_routes(health, models, version),
+    ):
+        app.include_router(router)
+    for error in (MillraceError, RequestValidationError, HTTPException):
+        app.add_exception_handler(error, exception_handler(telemetry))
+    app.add_middleware(Edge, limits=limits, telemetry=telemetry)
+
+    def openapi() -> Json:
+        if app.openapi_schema is None:
+            app.openapi_schema = describe(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+    return app

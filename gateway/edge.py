@@ -1,0 +1,168 @@
+"""What happens to every connection before any route sees it: pure ASGI, one object.
+
+Gives each request an id, counts its body as it arrives, and refuses what no route should have to think about:
+compressed bodies, malformed or foreign Host headers, web pages that may not open sockets. It is also the last
+`except` of a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.limits import GatewayLimits
+from gateway.problems import REQUEST_ID, error_response
+from gateway.telemetry import Telemetry
+from wire.errors import BadRequest, MillraceError, RequestTooLarge
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED: Final = 499  # nginx's word for a request whose client has left
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_METHODS: Final = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
+_WANTED: Final = frozenset((b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding"))
+
+
+class Edge:
+    """Middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, limits: GatewayLimits, telemetry: Telemetry) -> None:
+        self._app = app
+        self._limits = limits
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        headers, twice = _headers(scope["headers"])
+        exchange = _Exchange(_request_id(headers), receive, send, self._limits.max_body_bytes)
+        scope[REQUEST_ID] = exchange.request_id
+        try:
+            self._check_host(headers, twice)
+            exchange.check_headers(headers)
+            await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            if exchange.status is not None:
+                raise  # too late for an answer: the server closes the connection
+            response = error_response(error, exchange.request_id, self._telemetry)
+            await response(scope, exchange.receive, exchange.send)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - started
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._telemetry.http_answered(route, method, exchange.status or CLIENT_CLOSED, seconds)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, twice = _headers(scope["headers"])
+        scope[REQUEST_ID] = request_id = _request_id(headers)
+        try:
+            self._check_host(headers, twice)
+            self._check_origin(headers)
+        except MillraceError as error:
+            await receive()  # websocket.connect
+            if "websocket.http.response" in scope.get("extensions", {}):
+                await error_response(error, request_id, self._telemetry)(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+            return
+        await self._app(scope, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes], twice: set[bytes]) -> None:
+        raw = headers.get(b"host")
+        if raw is None:
+            return  # HTTP/1.0; nothing here depends on it
+        match = _HOST.fullmatch(raw.decode("latin-1"))
+        if match is None or b"host" in twice:
+            raise BadRequest("the Host header is malformed", param="Host")
+        allowed = self._limits.allowed_hosts
+        if allowed and match["name"].lower() not in allowed:
+            raise BadRequest("the Host header names a host that is not served here", param="Host")
+
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
+        origin = headers.get(b"origin")  # only browsers send one; they let any page open a socket anywhere
+        if origin is not None and origin.decode("latin-1") not in self._limits.allowed_origins:
+            raise BadRequest("web pages of this origin may not connect", param="Origin")
+
+
+class _Exchange:
+    """One HTTP request and its response, as they pass through."""
+
+    __slots__ = ("_body_bytes", "_is_too_large", "_max_body_bytes", "_receive", "_send", "request_id", "status")
+
+    def __init__(self, request_id: str, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self.request_id = request_id
+        self.status: int | None = None
+        self._receive = receive
+        self._send = send
+        self._max_body_bytes = max_body_bytes
+        self._body_bytes = 0
+        self._is_too_large = False
+
+    def check_headers(self, headers: dict[bytes, bytes]) -> None:
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding.lower() != b"identity":
+            raise BadRequest("compressed bodies are not accepted", param="Content-Encoding")
+        length = headers.get(b"content-length")
+        if length is None:
+            return
+        if not (length.isdigit() and len(length) < 20):
+            raise BadRequest("the Content-Length header is malformed", param="Content-Length")
+        self._check_size(int(length))
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._body_bytes += len(message.get("body", b""))
+            self._check_size(self._body_bytes)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            own = [(b"x-request-id", self.request_id.encode())]
+            if self._is_too_large:
+                own.append((b"connection", b"close"))  # the rest of the body is not worth reading
+            message = {**message, "headers": [*message.get("headers", ()), *own]}
+        await self._send(message)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            self._is_too_large = True
+            raise RequestTooLarge(f"the body has more than {self._max_body_bytes:,} bytes, the limit of this server")
+
+
+def _headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], set[bytes]]:
+    """The headers that matter here, and the names of those that came twice."""
+    headers: dict[bytes, bytes] = {}
+    twice: set[bytes] = set()
+    for name, value in raw:
+        if name in _WANTED:
+            if name in headers:
+                twice.add(name)
+            headers[name] = value
+    return headers, twice
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's, if it could not break a log line, else a new one."""
+    given = headers.get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode()
+    return f"req-{secrets.token_hex(12)}"

@@ -1,0 +1,55 @@
+"""GET /livez, /readyz, /version: what an orchestrator asks.
+
+Liveness and readiness are facts of the whole process, so the composition root answers them through `Health`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from gateway.answers import Status, Version
+from gateway.models import Models
+from wire.errors import Unavailable
+from wire.messages import WIRE_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How the process is. `reason` says what is wrong, in words for an operator."""
+
+    is_live: bool  # steps commit, or nothing waits
+    is_ready: bool  # model loaded, queue reachable, not draining
+    is_draining: bool = False  # new requests are refused, those inside go on
+    reason: str = ""
+
+
+def json_response(answer: msgspec.Struct, status_code: int = 200) -> Response:
+    return Response(msgspec.json.encode(answer), status_code=status_code, media_type="application/json")
+
+
+def probe_routes(health: Callable[[], Health], models: Models, version: str) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+    about = Version("millrace", version, WIRE_VERSION, [model.model_id for model in models.served])
+
+    @router.get("/livez", summary="Is the process making progress?")
+    async def livez() -> Response:
+        if not (now := health()).is_live:
+            raise Unavailable(now.reason or "not live")
+        return json_response(Status("live"))
+
+    @router.get("/readyz", summary="May requests be sent here?")
+    async def readyz() -> Response:
+        if not (now := health()).is_ready:
+            raise Unavailable(now.reason or "not ready")
+        return json_response(Status("ready"))
+
+    @router.get("/version", summary="What is running")
+    async def read_version() -> Response:
+        return json_response(about)
+
+    return router

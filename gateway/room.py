@@ -1,0 +1,40 @@
+"""What every route needs, in one frozen object: the parts of a gateway, put together once by create_app."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.admission import Admission
+from gateway.ledger import Ledger, Ticket
+from gateway.limits import GatewayLimits
+from gateway.models import Models
+from gateway.probes import Health
+from gateway.prompts import Prompts
+from gateway.schemas import GenerateBody
+from gateway.telemetry import Telemetry
+from wire.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A gateway's parts."""
+
+    models: Models
+    limits: GatewayLimits
+    telemetry: Telemetry
+    health: Callable[[], Health]
+    prompts: Prompts
+    admission: Admission
+    ledger: Ledger
+
+    async def take_in(self, body: GenerateBody) -> Ticket:
+        """From a valid body to a request in the queue: the same for HTTP and sockets. Raises any MillraceError."""
+        health = self.health()
+        if health.is_draining:
+            raise Unavailable(health.reason or "this server is draining; another one will answer")
+        return await self.ledger.submit(await self.admission.admit(body))
+
+    async def close(self) -> None:
+        await self.ledger.close()
+        self.prompts.close()

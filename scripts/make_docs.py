@@ -1,4 +1,4 @@
-"""Write the pages that repeat code: docs/settings.md, docs/metrics.md, docs/errors.md. `--check` fails if one is stale."""
+"""Write the pages that repeat code: settings, metrics and errors in docs/. `--check` fails if one is stale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from services.settings import PREFIX, Settings, describe_setting
-from services.telemetry import ENGINE_METRICS, REQUEST_METRICS
+from services.telemetry import ENGINE_METRICS, REQUEST_METRICS, MetricSpec
 from wire.errors import MillraceError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -20,24 +20,28 @@ def settings_page() -> str:
         f"| `{each.name}` | `{PREFIX}{each.name.upper()}` | `{each.default}` | {describe_setting(each.name)} |"
         for each in fields(Settings)
     ]
-    head = (
-        "# Settings\n\nA setting has one name: the key of a TOML file (`--config FILE` or `MILLRACE_CONFIG`), the environment "
-        "variable, and the flag\n(`--max-batch-tokens`). Flags win over the environment, the environment over the file; an "
-        "unknown name refuses to start.\n"
-    )
+    head = """# Settings
+
+A setting has one name: the key of a TOML file (`--config FILE` or `MILLRACE_CONFIG`), the environment variable, and the
+flag (`--max-batch-tokens`). Flags win over the environment, the environment over the file; an unknown name refuses to
+start.
+"""
     return "\n".join([head, MADE, "| key | variable | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def metrics_page() -> str:
+    def exposed(spec: MetricSpec) -> str:
+        return f"{spec.name}_total" if spec.kind == "counter" else spec.name
+
     rows = [
-        f"| `{spec.name}{'_total' if spec.kind == 'counter' else ''}` | {spec.kind} | {', '.join(spec.labels)} | {spec.meaning} |"
+        f"| `{exposed(spec)}` | {spec.kind} | {', '.join(spec.labels)} | {spec.meaning} |"
         for spec in (*REQUEST_METRICS, *ENGINE_METRICS)
     ]
-    head = (
-        "# Metrics\n\n`vllm:` names are vLLM's, with its labels and meaning, so that dashboards and scaling rules made for it "
-        "work here; ours begin\nwith `millrace_`. Served at `/metrics` on the gateway's port, or on a port of its own "
-        "(`metrics_port`).\n"
-    )
+    head = """# Metrics
+
+`vllm:` names are vLLM's, with its labels and meaning, so that dashboards and scaling rules made for it work here; ours
+begin with `millrace_`. Served at `/metrics` on the gateway's port, or on a port of its own (`metrics_port`).
+"""
     return "\n".join([head, MADE, "| name | type | labels | meaning |", "|---|---|---|---|", *rows, ""])
 
 
@@ -48,15 +52,21 @@ def _children(cls: type[MillraceError]) -> list[type[MillraceError]]:
 
 def errors_page() -> str:
     def rows(cls: type[MillraceError]) -> list[str]:
-        line = f"| `{cls.code}` | {cls.http_status} | {'yes' if cls.retryable else 'no'} | {(cls.__doc__ or '').strip()} |"
+        retryable, meaning = "yes" if cls.retryable else "no", (cls.__doc__ or "").strip()
+        line = f"| `{cls.code}` | {cls.http_status} | {retryable} | {meaning} |"
         return [line, *(row for child in _children(cls) for row in rows(child))]
 
     table = [row for child in _children(MillraceError) for row in rows(child)]
-    head = (
-        "# Errors\n\nEvery error, on every route, frame and stream, has one shape:\n\n```json\n"
-        '{"error": {"code": "...", "message": "...", "param": "...", "retryable": false, "request_id": "..."}}\n```\n\n'
-        "`param` names the field, where one is to blame. `retryable` errors carry `Retry-After` where the time is known.\n"
-    )
+    head = """# Errors
+
+Every error, on every route, frame and stream, has one shape:
+
+```json
+{"error": {"code": "...", "message": "...", "param": "...", "retryable": false, "request_id": "..."}}
+```
+
+`param` names the field, where one is to blame. `retryable` errors carry `Retry-After` where the time is known.
+"""
     return "\n".join([head, MADE, "| code | status | retryable | meaning |", "|---|---|---|---|", *table, ""])
 
 
@@ -65,9 +75,7 @@ PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "errors.md": 
 
 def stale_pages() -> list[str]:
     """The pages that differ from what the code says."""
-    return [
-        name for name, page in PAGES.items() if not (DOCS / name).is_file() or (DOCS / name).read_text() != page()
-    ]
+    return [name for name, page in PAGES.items() if not (DOCS / name).is_file() or (DOCS / name).read_text() != page()]
 
 
 def main() -> int:

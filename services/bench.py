@@ -1,7 +1,8 @@
-"""`millrace bench engine`: what the engine does with random tokens, scheduler and sampling included, HTTP and queue not.
+"""`millrace bench engine`: what the engine does with random tokens, scheduler and sampling included, HTTP and queue
+not.
 
-Rounds go over all concurrencies in turn, so that a slow spell of a shared machine falls on all of them; medians are shown
-with the smallest and largest. The shares of the machine's limits use limits measured in the same run.
+Rounds go over all concurrencies in turn, so that a slow spell of a shared machine falls on all of them; medians are
+shown with the smallest and largest. The shares of the machine's limits use limits measured in the same run.
 """
 
 from __future__ import annotations
@@ -63,7 +64,14 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
             # A new engine is a new prefix cache: prompts of earlier passes must not be found.
             engine = Engine(backend)
             passes[count].append(
-                _run(engine, vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=1000 * round_index + count)
+                _run(
+                    engine,
+                    vocab_size,
+                    workload.prompt_tokens,
+                    workload.new_tokens,
+                    count,
+                    seed=1000 * round_index + count,
+                )
             )
             if not as_json:
                 print(f"\rround {round_index + 1}/{workload.rounds}, concurrency {count}   ", end="", file=sys.stderr)
@@ -139,18 +147,21 @@ def _summary(
         "total_tokens_per_s_min": round(total[0], 1),
         "total_tokens_per_s_max": round(total[-1], 1),
         "generated_tokens_per_s": round(median(count * workload.new_tokens / each.elapsed_s for each in passes), 1),
-        "prefill_tokens_per_s": round(median(count * workload.prompt_tokens / each.first_token_s for each in passes), 1),
+        "prefill_tokens_per_s": round(
+            median(count * workload.prompt_tokens / each.first_token_s for each in passes), 1
+        ),
         "decode_step_ms": round(median(decode_s) / steps * 1000, 3) if steps else None,
         "share_of_read_limit": round(median(read_share), 3) if read_share else None,
         "share_of_int8_limit": round(median(integer_share), 3),
         "step_split_ms": {
-            name: round(median(each.split_s[name] / each.steps for each in passes) * 1000, 3) for name in passes[0].split_s
+            name: round(median(each.split_s[name] / each.steps for each in passes) * 1000, 3)
+            for name in passes[0].split_s
         },
     }
 
 
 def _profile(settings: Settings, model: StoredModel, workload: Workload) -> dict[str, dict[str, float]]:
-    """Mean ms of a step by operator at the largest concurrency, from ONNX Runtime's own profile (it adds some overhead)."""
+    """Mean ms of a step by operator at the largest concurrency, from ONNX Runtime's profile (it costs a little)."""
     vocab_size = model.manifest.geometry.vocab_size
     with tempfile.TemporaryDirectory() as directory:
         backend: OnnxRuntimeBackend = open_backend(settings, model, profile=Path(directory) / "ort")
@@ -181,8 +192,8 @@ def _table(report: dict[str, object]) -> str:
         split = " ".join(f"{name} {value}" for name, value in row["step_split_ms"].items())
         lines.append(
             f"{row['concurrency']:>4} {row['total_tokens_per_s']:>12} {spread:>19} {row['generated_tokens_per_s']:>10}"
-            f" {row['prefill_tokens_per_s']:>9} {row['decode_step_ms'] or '-':>8} {row['share_of_read_limit'] or '-':>6}"
-            f" {row['share_of_int8_limit']:>6}  {split}"
+            f" {row['prefill_tokens_per_s']:>9} {row['decode_step_ms'] or '-':>8}"
+            f" {row['share_of_read_limit'] or '-':>6} {row['share_of_int8_limit']:>6}  {split}"
         )
     if "operators_ms_per_step" in report:
         lines.append(f"operators, ms a step: {report['operators_ms_per_step']}")

@@ -1,6 +1,7 @@
 """The `millrace` command: a table of subcommands, each a function of its arguments.
 
-Imports happen inside the commands, so that `millrace --help` answers at once and `millrace models list` needs no runtime.
+Imports happen inside the commands, so that `millrace --help` answers at once and `millrace models list` needs no
+runtime.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     action = actions.add_parser("import", help="import a Hugging Face directory")
     action.add_argument("directory")
     action.add_argument("--name", required=True)
-    action.add_argument("--scheme", default="w8a8", choices=("w8a8", "fp32"), help="how weights are stored (default w8a8)")
+    action.add_argument(
+        "--scheme", default="w8a8", choices=("w8a8", "fp32"), help="how weights are stored (default w8a8)"
+    )
     action.add_argument("--json", action="store_true")
     action.set_defaults(command=_models_import)
     for name, help_text in (
@@ -84,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--prompt-tokens", type=int, default=128)
     engine.add_argument("--new-tokens", type=int, default=64)
     engine.add_argument("--concurrency", default="1,8,32", metavar="1,8,32")
-    engine.add_argument("--rounds", type=int, default=3, help="passes over all concurrencies, interleaved; medians are shown")
+    engine.add_argument(
+        "--rounds", type=int, default=3, help="passes over all concurrencies, interleaved; medians are shown"
+    )
     engine.add_argument("--profile", action="store_true", help="also split a step by operator (an extra pass)")
     engine.add_argument("--json", action="store_true")
     engine.set_defaults(command=_bench_engine)

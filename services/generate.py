@@ -56,7 +56,9 @@ def _request(question: Question, model: ServedModel) -> Generate:
     for name in ("temperature", "top_p", "min_p"):
         value = getattr(question, name)
         if not 0 <= value <= (100 if name == "temperature" else 1):
-            raise BadRequest(f"--{name.replace('_', '-')} is {value}; expected 0 to {100 if name == 'temperature' else 1}")
+            raise BadRequest(
+                f"--{name.replace('_', '-')} is {value}; expected 0 to {100 if name == 'temperature' else 1}"
+            )
     if question.input_ids is not None:
         prompt_ids = question.input_ids
     elif question.is_raw or model.chat is None:

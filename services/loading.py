@@ -63,8 +63,8 @@ def open_engine(settings: Settings, backend: Backend) -> Engine:
 class ArtifactLogits:
     """All logits of one sequence through an artifact, for parity: token ids [T] -> float32 [T, V].
 
-    One token a step would be slow and one step gives one row, so each prefix is asked for as its own sequence row by row
-    through the KV cache: exactly the path that serving takes.
+    One token a step would be slow and one step gives one row, so each prefix is asked for as its own sequence row by
+    row through the KV cache: exactly the path that serving takes.
     """
 
     def __init__(self, backend: OnnxRuntimeBackend) -> None:

@@ -1,7 +1,7 @@
 """Facts about this machine that size a worker: cores it may use, memory it may fill.
 
-Apart so that sizing is one place, the same for `up`, `worker`, `bench` and `doctor`. Linux cgroups (v1 and v2) are honoured:
-a container with 2 of 64 cores is a machine with 2 cores.
+Apart so that sizing is one place, the same for `up`, `worker`, `bench` and `doctor`. Linux cgroups (v1 and v2) are
+honoured: a container with 2 of 64 cores is a machine with 2 cores.
 """
 
 from __future__ import annotations

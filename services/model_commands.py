@@ -29,7 +29,7 @@ def import_directory(settings: Settings, directory: str, name: str, scheme: str,
     if as_json:
         print(msgspec.json.encode(manifest).decode())
     else:
-        print(f"{_line(manifest)}\nstored as {manifest.model_id} in {settings.store} ({time.perf_counter() - start:.1f} s)")
+        print(print(f"{_line(manifest)}\nstored as {manifest.model_id} in {settings.store} ({elapsed_s:.1f} s)"))
     return 0
 
 
@@ -73,7 +73,9 @@ def verify(settings: Settings, name: str, *, as_json: bool) -> int:
     manifest = Store(settings.store).verify(name)
     size = sum(entry.size_bytes for entry in manifest.files.values())
     if as_json:
-        print(json.dumps({"model": manifest.model_id, "files": len(manifest.files), "size_bytes": size, "verified": True}))
+        print(
+            json.dumps({"model": manifest.model_id, "files": len(manifest.files), "size_bytes": size, "verified": True})
+        )
     else:
         print(f"{manifest.model_id}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
     return 0

@@ -1,9 +1,9 @@
 """Every setting of every process, read once at the edge into one frozen dataclass.
 
-A field is the setting: its name is the flag (--max-batch-tokens), the environment variable (MILLRACE_MAX_BATCH_TOKENS) and
-the key of the TOML file (max_batch_tokens); its default, bounds and help stand beside it. Flags win over the environment,
-the environment over the file. An unknown name refuses to start. Facts (number of KV blocks, context length) are computed
-from these and shown by `millrace doctor`, never configured.
+A field is the setting: its name is the flag (--max-batch-tokens), the environment variable (MILLRACE_MAX_BATCH_TOKENS)
+and the key of the TOML file (max_batch_tokens); its default, bounds and help stand beside it. Flags win over the
+environment, the environment over the file. An unknown name refuses to start. Facts (number of KV blocks, context
+length) are computed from these and shown by `millrace doctor`, never configured.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def variables() -> list[str]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give `parser` one flag for each setting; absent flags stay absent, so that the other sources are heard."""
-    group = parser.add_argument_group("settings", "each is also an environment variable (MILLRACE_NAME) and a config key")
+    group = parser.add_argument_group(
+        "settings", "each is also an environment variable (MILLRACE_NAME) and a config key"
+    )
     group.add_argument("--config", metavar="FILE", help=f"TOML file of settings [{CONFIG_VARIABLE}]")
     for each in fields(Settings):
         text = f"{describe_setting(each.name)}, default {each.default}"

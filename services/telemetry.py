@@ -1,8 +1,9 @@
 """Every metric of every process: one table with name, unit and meaning, and the hooks that feed it.
 
-Names with a colon are vLLM's own, with its labels, wherever the meaning is the same, so that dashboards, autoscaling rules and
-gateway endpoint pickers made for vLLM work unchanged; what is ours begins with millrace_. Buckets are a superset of vLLM's with
-a finer low end (../docs/metrics.md is made from this table). Label values are bounded: models served, codes, route templates.
+Names with a colon are vLLM's own, with its labels, wherever the meaning is the same, so that dashboards, autoscaling
+rules and gateway endpoint pickers made for vLLM work unchanged; what is ours begins with millrace_. Buckets are a
+superset of vLLM's with a finer low end (../docs/metrics.md is made from this table). Label values are bounded: models
+served, codes, route templates.
 """
 
 from __future__ import annotations
@@ -184,8 +185,10 @@ def engine_values(load: EngineLoad, *, is_alive: bool) -> dict[str, list[tuple[t
         "vllm:num_preemptions": [((), load.preemptions)],
         "millrace_engine_steps": [((), load.steps)],
         "millrace_engine_step_seconds": [
-            (("plan",), load.plan_s), (("pack",), load.pack_s),
-            (("forward",), load.forward_s), (("commit",), load.commit_s),
+            (("plan",), load.plan_s),
+            (("pack",), load.pack_s),
+            (("forward",), load.forward_s),
+            (("commit",), load.commit_s),
         ],
         "millrace_scheduled_tokens": [(("prefill",), load.prefill_tokens), (("decode",), load.decode_tokens)],
         "millrace_up": [((), float(is_alive))],

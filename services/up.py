@@ -1,7 +1,7 @@
 """`millrace up`: gateway and worker in one process, joined by the memory queue.
 
-Start: store, models, engines, queue, gateway, then the address is printed. Stop, on SIGTERM or SIGINT: readiness goes false,
-workers take nothing new and finish what runs (drain_s), then the sockets close; a second signal ends at once.
+Start: store, models, engines, queue, gateway, then the address is printed. Stop, on SIGTERM or SIGINT: readiness goes
+false, workers take nothing new and finish what runs (drain_s), then the sockets close; a second signal ends at once.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
     stop = asyncio.create_task(draining.wait())
     await asyncio.wait([stop, serving, *running], return_when=asyncio.FIRST_COMPLETED)
     draining.set()
-    # Workers first, so that their last tokens still reach clients; then the sockets; then the queue, which ends all readers.
+    # Workers first, so that their last tokens still reach clients; then the sockets; then the queue, which ends all
+    # readers.
     await asyncio.gather(*(worker.drain(settings.drain_s) for worker in workers))
     failures = [each for each in await asyncio.gather(*running, return_exceptions=True) if isinstance(each, Exception)]
     server.should_exit = True

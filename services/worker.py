@@ -2,9 +2,10 @@
 
     queue --lease--> inbox --> [engine thread: step, step, step] --> outbox --publish--> queue
 
-The engine is synchronous and its step blocks in the model, so it owns a thread; asyncio owns the queue. Between them are two
-deques: commands one way, events the other. Nothing waits on the queue inside a step, and one publish carries all events that
-have gathered since the last. Leases are renewed only while steps commit: a hung engine loses its work to a living one.
+The engine is synchronous and its step blocks in the model, so it owns a thread; asyncio owns the queue. Between them
+are two deques: commands one way, events the other. Nothing waits on the queue inside a step, and one publish carries
+all events that have gathered since the last. Leases are renewed only while steps commit: a hung engine loses its work
+to a living one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from batcher.backend import BackendError, BackendLimits
-from batcher.engine import Engine, EngineLoad
+from batcher.engine import Engine
 from wire.messages import Failed, Finished, Generate
 from wire.queue import Append, Lease, LeaseBudget, Queue, RefusalReason
 
@@ -199,7 +200,8 @@ class Worker:
         seen = -1.0
         while not self._stopping:
             await asyncio.sleep(min(self._lease_s / 3, RENEW_AT_MOST_S))
-            # A lease is kept by progress, not by this timer: renew only if a step has been committed since the last time.
+            # A lease is kept by progress, not by this timer: renew only if a step has been committed since the last
+            # time.
             if self._owned and (self._last_step != seen or self._is_idle):
                 seen = self._last_step
                 leases = [(rid, owned.epoch) for rid, owned in self._owned.items()]

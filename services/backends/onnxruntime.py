@@ -1,7 +1,8 @@
 """The CPU backend: one ONNX Runtime session whose graph holds our operators, and the KV pool beside it.
 
-Inputs and outputs are bound by pointer: a step copies nothing but what it computes. The KV pool is a graph input that the
-attention kernel writes in place; it is allocated lazily by the system, so an idle server holds only what it has used.
+Inputs and outputs are bound by pointer: a step copies nothing but what it computes. The KV pool is a graph input that
+the attention kernel writes in place; it is allocated lazily by the system, so an idle server holds only what it has
+used.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def count_blocks(manifest: ModelManifest, limits: StepLimits) -> int:
 class OnnxRuntimeBackend:
     """A Backend (batcher/backend.py) over one artifact of the store. Not thread-safe: one engine thread owns it."""
 
-    def __init__(self, directory: Path, manifest: ModelManifest, limits: StepLimits, *, profile: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, manifest: ModelManifest, limits: StepLimits, *, profile: Path | None = None
+    ) -> None:
         geometry, kv = manifest.geometry, manifest.kv_cache
         num_blocks = count_blocks(manifest, limits)
         if num_blocks < 1:

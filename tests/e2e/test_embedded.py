@@ -33,7 +33,9 @@ def test_the_first_question_of_the_readme_is_answered(client: httpx.Client) -> N
 
 
 @pytest.mark.parametrize("body", [QUESTION, {**LONG, "temperature": 0.9, "seed": 7, "top_p": 0.9, "max_tokens": 60}])
-def test_streamed_whole_websocket_and_resumed_are_the_same_answer(server: Server, client: httpx.Client, body: dict[str, object]) -> None:
+def test_streamed_whole_websocket_and_resumed_are_the_same_answer(
+    server: Server, client: httpx.Client, body: dict[str, object]
+) -> None:
     whole = client.post("/generate", json=body).raise_for_status().json()
     with client.stream("POST", "/generate", json={**body, "stream": True}) as response:
         identity = response.headers["x-generation-id"]
@@ -42,7 +44,7 @@ def test_streamed_whole_websocket_and_resumed_are_the_same_answer(server: Server
         resumed = sse(response)
     with connect(server.websocket) as socket_:
         socket_.send(json.dumps({"type": "generate", "id": "a", **body}))
-        frames = []
+        frames: list[dict[str, object]] = []
         while not frames or frames[-1]["type"] not in ("done", "error"):
             frames.append(json.loads(socket_.recv(timeout=30)))
 
@@ -115,7 +117,10 @@ def test_clients_that_leave_mid_stream_stop_their_work_and_nobody_elses(server: 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         staying = pool.submit(client.post, "/generate", json={**LONG, "max_tokens": 300})
         for _ in range(5):
-            with server.client() as leaving, leaving.stream("POST", "/generate", json={**LONG, "stream": True}) as stream:
+            with (
+                server.client() as leaving,
+                leaving.stream("POST", "/generate", json={**LONG, "stream": True}) as stream,
+            ):
                 next(stream.iter_lines())
         with connect(server.websocket) as socket_:
             socket_.send(json.dumps({"type": "generate", "id": "gone", **LONG}))
@@ -147,7 +152,7 @@ def test_a_websocket_left_open_does_not_keep_work_alive(server: Server) -> None:
             socket_.send(json.dumps({"type": "generate", "id": str(index), **LONG}))
         for index in range(4):
             socket_.send(json.dumps({"type": "cancel", "id": str(index)}))
-        ended = set()
+        ended: set[str] = set()
         while len(ended) < 4:
             frame = json.loads(socket_.recv(timeout=30))
             if frame["type"] == "done":

@@ -83,7 +83,9 @@ def test_doctor_and_the_store_speak_json(shipped_settings: Settings) -> None:
     store = str(shipped_settings.store)
     listed = json.loads(millrace("models", "list", "--json", MILLRACE_STORE=store).stdout)
     assert [each["model"].split("@")[0] for each in listed] == ["millpond"]
-    assert json.loads(millrace("models", "verify", "millpond", "--json", MILLRACE_STORE=store).stdout)["verified"] is True
+    assert (
+        json.loads(millrace("models", "verify", "millpond", "--json", MILLRACE_STORE=store).stdout)["verified"] is True
+    )
     doctor = json.loads(millrace("doctor", "--json", MILLRACE_STORE=store).stdout)
     assert doctor["models"][0]["kv_tokens"] >= 1024
     assert doctor["problems"] == []

@@ -1,4 +1,4 @@
-"""A backend that keeps every logits row it saw, by (seed, position): with a seed of its own, a request's whole history."""
+"""A backend that keeps every logits row it saw by (seed, position): with its own seed, a request's whole history."""
 
 from __future__ import annotations
 

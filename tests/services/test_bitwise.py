@@ -1,8 +1,8 @@
 """The promise on the real kernels: a request's tokens AND logits are the same bits, whatever else happens to it.
 
-Batched = isolated, chunked = whole, preempted = unpreempted, resumed = uninterrupted, prefix cached = computed, one thread = two.
-Each example runs random arrivals through an engine over the w8a8 artifact and compares every logits row with the same request
-run alone, unchunked, in a pool of its own.
+Batched = isolated, chunked = whole, preempted = unpreempted, resumed = uninterrupted, prefix cached = computed, one
+thread = two. Each example runs random arrivals through an engine over the w8a8 artifact and compares every logits row
+with the same request run alone, unchunked, in a pool of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class OneModel:
     def backend(self, *, blocks: int = 512, batch_tokens: int = 512, threads: int = 2) -> RecordingBackend:
         key = (blocks, batch_tokens, threads)
         if key not in self._open:
-            limits = StepLimits(batch_tokens, min(64, batch_tokens), blocks * bytes_per_block(self._model.manifest), threads)
+            limits = StepLimits(
+                batch_tokens, min(64, batch_tokens), blocks * bytes_per_block(self._model.manifest), threads
+            )
             self._open[key] = OnnxRuntimeBackend(self._model.directory, self._model.manifest, limits)
         return RecordingBackend(self._open[key])
 
@@ -155,7 +157,9 @@ def test_one_thread_equals_two(one_model: OneModel, requests: list[Arrival]) -> 
 
 @slow
 @given(requests=arrivals(), data=st.data())
-def test_resumed_at_any_token_equals_uninterrupted(one_model: OneModel, requests: list[Arrival], data: st.DataObject) -> None:
+def test_resumed_at_any_token_equals_uninterrupted(
+    one_model: OneModel, requests: list[Arrival], data: st.DataObject
+) -> None:
     arrival = requests[0]
     expected, whole = alone(one_model, [arrival])
     tokens = whole[arrival.generate.request_id]

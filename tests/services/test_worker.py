@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -32,10 +33,10 @@ def make_worker(
     *,
     step_s: float = 0.0,
     fault: Callable[[int], BackendErrorKind | None] = lambda forward: None,
-    sleep: Callable[[float], None] | None = None,
+    sleep: Callable[[float], None] = time.sleep,
     lease_s: float = 5.0,
 ) -> Worker:
-    backend = ScriptedBackend(LIMITS, step_s=step_s, fault=fault, **({} if sleep is None else {"sleep": sleep}))
+    backend = ScriptedBackend(LIMITS, step_s=step_s, fault=fault, sleep=sleep)
     return Worker(name, "m", Engine(backend), LIMITS, queue, lease_s=lease_s)
 
 

@@ -1,7 +1,7 @@
 """The contract between the batcher and whatever computes a step.
 
-T scheduled tokens, B sequences, M blocks per row, V vocabulary. Names follow com.microsoft:PagedAttention (in brackets).
-The batcher owns this file because it is the side that uses it; implementations live in services/backends.
+T scheduled tokens, B sequences, M blocks per row, V vocabulary. Names follow com.microsoft:PagedAttention (in
+brackets). The batcher owns this file because it is the side that uses it; implementations live in services/backends.
 """
 
 from __future__ import annotations

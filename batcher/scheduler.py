@@ -181,12 +181,12 @@ class Scheduler:
         Nobody else starts; failing that the last one is preempted; failing that the one left gets half the tokens.
         Returns False if nothing can be smaller than this plan.
         """
-        was_closed, self._is_closed = self._is_closed, True
+        self._is_closed = True
         if len(plan.sequences) == 1 and plan.num_tokens == 1:
             return False
         if len(plan.sequences) == 1:
             self._token_cap = plan.num_tokens // 2
-        elif was_closed or all(s.request.status is RequestStatus.RUNNING for s in plan.sequences):
+        elif all(s.request.status is RequestStatus.RUNNING for s in plan.sequences):
             self.preempt(plan.sequences[-1].request)
         return True
 

@@ -9,6 +9,7 @@ cases in turn, so that a noisy second hurts every case alike; medians and the sp
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -99,17 +100,18 @@ class Result:
 def measure_limits(num_threads: int) -> Limits:
     """Peak multiply-adds and reading, all threads at once; the best of a few rounds."""
     library = load()
-    for name in ("millrace_peak_int8", "millrace_peak_f32", "millrace_read"):
-        getattr(library, name).restype = np.ctypeslib.ctypes.c_uint64
+    library.millrace_peak_int8.argtypes = library.millrace_peak_f32.argtypes = [ctypes.c_uint64]
+    library.millrace_peak_int8.restype = library.millrace_peak_f32.restype = ctypes.c_uint64
+    library.millrace_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     words = np.ones((num_threads, 16 << 20), np.uint64)  # 128 MiB a thread
 
     def read(thread: int) -> int:
-        library.millrace_read(np.ctypeslib.ctypes.c_void_p(words[thread].ctypes.data), np.ctypeslib.ctypes.c_size_t(words.shape[1]))
+        library.millrace_read(words[thread].ctypes.data, words.shape[1])
         return words.shape[1] * 8
 
     def peak(name: str) -> Callable[[int], int]:
         function = getattr(library, name)
-        return lambda _: int(function(np.ctypeslib.ctypes.c_uint64(4_000_000)))
+        return lambda _: int(function(4_000_000))
 
     with ThreadPoolExecutor(num_threads) as pool:
 
@@ -136,10 +138,16 @@ def open_session(layer: Layer, rng: np.random.Generator) -> ort.InferenceSession
         name, previous = f"w{copy}", f"y{copy - 1}" if copy else ""
         weights.append(numpy_helper.from_array(random_weight(layer, rng), name))
         names = ["x", name, *operands, previous]
-        nodes.append(helper.make_node(
-            layer.operator, names if previous else names[:-3], [f"y{copy}"], domain="millrace", N=layer.outputs,
-            activation=layer.activation,
-        ))
+        nodes.append(
+            helper.make_node(
+                layer.operator,
+                names if previous else names[:-3],
+                [f"y{copy}"],
+                domain="millrace",
+                N=layer.outputs,
+                activation=layer.activation,
+            )
+        )
     if layer.operator == "QLinear":
         first = numpy_helper.to_array(weights[0])
         weights.append(numpy_helper.from_array(np.full(num_blocks(layer.columns) * 64, 1e-4, np.float32), "scale"))
@@ -204,13 +212,17 @@ def summarize(layer: Layer, rows: int, seconds: list[float], limits: Limits) -> 
 
 def print_table(limits: Limits, results: list[Result]) -> None:
     """The results for people."""
-    print(f"kernels {isa_active()}; peak int8 {limits.int8_gops:,.0f} GOP/s, float {limits.f32_gops:,.0f} GOP/s; "
-          f"reading {limits.read_gb_s:.1f} GB/s")
+    print(
+        f"kernels {isa_active()}; peak int8 {limits.int8_gops:,.0f} GOP/s, float {limits.f32_gops:,.0f} GOP/s; "
+        f"reading {limits.read_gb_s:.1f} GB/s"
+    )
     print(f"{'layer':<32}{'T':>5}{'us':>10}{'spread':>8}{'GOP/s':>9}{'of peak':>9}{'GB/s':>8}{'of read':>9}")
     for r in results:
         name = f"{r.operator} {r.inputs}x{r.columns}{' silu_mul' if r.activation == 'silu_mul' else ''}"
-        print(f"{name:<32}{r.rows:>5}{r.median_us:>10.1f}{r.spread_percent:>7.0f}%{r.gops:>9.1f}{r.peak_share:>9.0%}"
-              f"{r.gb_s:>8.1f}{r.read_share:>9.0%}")
+        print(
+            f"{name:<32}{r.rows:>5}{r.median_us:>10.1f}{r.spread_percent:>7.0f}%{r.gops:>9.1f}{r.peak_share:>9.0%}"
+            f"{r.gb_s:>8.1f}{r.read_share:>9.0%}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,7 +239,11 @@ def main(arguments: list[str] | None = None) -> int:
     limits = measure_limits(os.cpu_count() or 1)
     results = measure(layers, tuple(options.rows), options.rounds, limits)
     if options.json:
-        json.dump({"limits": asdict(limits), "form": isa_active(), "results": [asdict(r) for r in results]}, sys.stdout, indent=1)
+        json.dump(
+            {"limits": asdict(limits), "form": isa_active(), "results": [asdict(r) for r in results]},
+            sys.stdout,
+            indent=1,
+        )
         print()
     else:
         print_table(limits, results)

@@ -73,18 +73,19 @@ async def while_present(watch: Coroutine[object, object, None]) -> AsyncIterator
     """
     loop = asyncio.get_running_loop()
     watcher = loop.create_task(watch)
+    is_inside = True
     try:
         async with asyncio.timeout(None) as scope:
 
             def interrupt(_: asyncio.Task[None]) -> None:
-                if not watcher.cancelled():
+                if is_inside and not watcher.cancelled():
                     scope.reschedule(loop.time())
 
             watcher.add_done_callback(interrupt)
             try:
                 yield
             finally:
-                watcher.remove_done_callback(interrupt)
+                is_inside = False
     except TimeoutError:
         if scope.expired():
             watcher.result()  # raises

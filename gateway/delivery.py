@@ -121,8 +121,10 @@ class EventStream(Delivery):
             elif cut_at is not None and now >= cut_at:
                 raise ClientGone("slow reader")
             else:
+                # What gets stuck right after this look is found at the next, and cut on time.
+                look_at = cut_at or min(speak_at, now + self.limits.max_stall_s)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout((cut_at or speak_at) - now):
+                    async with asyncio.timeout(look_at - now):
                         await disconnected(receive)
 
     async def _keep_alive(self) -> None:

@@ -27,7 +27,7 @@ BUILD_DIR: Final = Path(__file__).parent / "build"
 LIBRARY_FILE: Final = "libmillrace_kernels.so"
 
 # Compiled once per form, with -DMR_ISA=<form>.
-FORM_SOURCES: Final = ("qlinear.c", "linear.c", "embed.c", "attention.c", "sample.c", "measure.c", "table.c")
+FORM_SOURCES: Final = ("qlinear.c", "linear.c", "embed.c", "attention.c", "sample.c", "measure.c", "probe.c", "table.c")
 # Compiled once.
 COMMON_SOURCES: Final = (
     "abi.c",
@@ -43,7 +43,17 @@ COMMON_SOURCES: Final = (
 )
 
 FLAGS: Final = (
-    *("-std=c17", "-O3", "-fPIC", "-fvisibility=hidden", "-fomit-frame-pointer", "-g0", "-Wall", "-Wextra", "-Wno-psabi"),
+    *(
+        "-std=c17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fomit-frame-pointer",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+    ),
     # The same bits in every form: no fused multiply-add that is not written, no errno around sqrt.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-sanitize=all", "-fno-stack-protector"),
 )
@@ -100,14 +110,14 @@ def is_current(library: Path, fingerprint: str) -> bool:
     return library.is_file() and recorded.is_file() and recorded.read_text().strip() == fingerprint
 
 
-def source_fingerprint(machine: str) -> str:
+def source_fingerprint(machine: str, native: Path = NATIVE_DIR) -> str:
     """SHA-256 over everything that decides the library's bytes. Raises BuildError without a compiler or for a strange machine."""
     if machine not in TARGETS:
         raise BuildError(f"no kernels for processor {machine!r}; known: {', '.join(TARGETS)}")
     digest = hashlib.sha256()
     for fact in (compiler_version(), repr(TARGETS[machine]), repr((FLAGS, LINK_FLAGS, FORM_SOURCES, COMMON_SOURCES))):
         digest.update(fact.encode() + b"\0")
-    for path in sorted(NATIVE_DIR.glob("*.[ch]")):
+    for path in sorted(native.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -166,9 +176,13 @@ def _run(command: list[str], env: dict[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 0 = built or current, 1 = --check found it stale, 2 = cannot build."""
     parser = argparse.ArgumentParser(prog="python -m kernels.build", description="Compile the native CPU operators.")
-    parser.add_argument("--check", action="store_true", help="only say whether the library is current (exit status 0 or 1)")
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the library is current (exit status 0 or 1)"
+    )
     parser.add_argument("--force", action="store_true", help="compile even if the library is current")
-    parser.add_argument("--target", choices=sorted(TARGETS), default=platform.machine(), help="processor family to build for")
+    parser.add_argument(
+        "--target", choices=sorted(TARGETS), default=platform.machine(), help="processor family to build for"
+    )
     options = parser.parse_args(arguments)
     library = library_file(options.target)
     try:

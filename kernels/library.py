@@ -38,7 +38,9 @@ def load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise KernelsUnavailable(f"{path} cannot be loaded: {error}; rebuild with: python -m kernels.build --force") from error
+        raise KernelsUnavailable(
+            f"{path} cannot be loaded: {error}; rebuild with: python -m kernels.build --force"
+        ) from error
     library.millrace_isa_available.argtypes = [ctypes.c_char_p]
     library.millrace_isa_available.restype = ctypes.c_int
     library.millrace_set_isa.argtypes = [ctypes.c_char_p]

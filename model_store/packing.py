@@ -48,7 +48,9 @@ def pack_float(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """[N, K] float32 -> [NB, K, 64]: block, input, column."""
     outputs, inputs = weight.shape
     packed = np.zeros((num_blocks(outputs), inputs, BLOCK), np.float32)
-    for block, first in zip(packed, range(0, outputs, BLOCK), strict=True):  # a block fits in the cache, the matrix does not
+    for block, first in zip(
+        packed, range(0, outputs, BLOCK), strict=True
+    ):  # a block fits in the cache, the matrix does not
         columns = weight[first : first + BLOCK]
         block[:, : len(columns)] = columns.T
     return packed
@@ -79,7 +81,9 @@ def interleave_gate_up(gate: NDArray[Scalar], up: NDArray[Scalar]) -> NDArray[Sc
     biases and column sums in the same way.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate is {gate.dtype}{list(gate.shape)}, up is {up.dtype}{list(up.shape)}; they must be alike")
+        raise ValueError(
+            f"gate is {gate.dtype}{list(gate.shape)}, up is {up.dtype}{list(up.shape)}; they must be alike"
+        )
     outputs = len(gate)
     blocks = -(-outputs // HALF_BLOCK)
     both = np.zeros((2, blocks * HALF_BLOCK, *gate.shape[1:]), gate.dtype)
@@ -98,4 +102,5 @@ def split_gate_up(both: NDArray[Scalar], outputs: int) -> tuple[NDArray[Scalar],
 
 def column_sums(packed: NDArray[np.int8]) -> NDArray[np.int32]:
     """`colsum` of a packed int8 matrix: the sum over its inputs of every column, [NB * 64] int32."""
-    return packed.sum(axis=(1, 3), dtype=np.int32).reshape(-1)
+    sums: NDArray[np.int32] = packed.sum(axis=(1, 3), dtype=np.int32)
+    return sums.reshape(-1)

@@ -26,10 +26,11 @@ def import_directory(settings: Settings, directory: str, name: str, scheme: str,
     """Import a checkpoint, showing progress on standard error; prints the manifest's summary."""
     start = time.perf_counter()
     manifest = _import(settings, Path(directory).expanduser(), name, scheme, is_quiet=as_json)
+    elapsed_s = time.perf_counter() - start
     if as_json:
         print(msgspec.json.encode(manifest).decode())
     else:
-        print(print(f"{_line(manifest)}\nstored as {manifest.model_id} in {settings.store} ({elapsed_s:.1f} s)"))
+        print(f"{_line(manifest)}\nstored as {manifest.model_id} in {settings.store} ({elapsed_s:.1f} s)")
     return 0
 
 

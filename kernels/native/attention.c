@@ -4,228 +4,9 @@
    all keys and values are written, then every (tile of query tokens, KV head) is computed by whichever worker is free: scores of
    all its keys, a two-pass softmax for each row, the weighted sum of the values. A row's numbers are made in one order whatever
    tile it is in, so they do not depend on chunking, neighbours, threads, or where its blocks lie. */
+#include "attention_kv.h"
 #include "attention_tile.h"
 #include "vecmath.h"
-
-/* ---- a head's vector: norm, rotation, scale ---- */
-
-/* 16 lanes, or the n that are left. */
-MR_INLINE f32x16 load_up_to(const float *p, size_t n) { return MR_LIKELY(n >= 16) ? mr_load(p) : mr_load_n(p, n); }
-
-MR_INLINE void store_up_to(float *p, f32x16 v, size_t n) {
-    if (MR_LIKELY(n >= 16)) mr_store(p, v);
-    else mr_store_n(p, v, n);
-}
-
-/* y = x * rsqrt(mean(x^2) + epsilon) * norm. */
-static void normalize(const float *x, const float *norm, size_t head_dim, float epsilon, float *y) {
-    f32x16 squares = mr_splat(0.0f);
-    for (size_t d = 0; d < head_dim; d += 16) {
-        f32x16 v = load_up_to(x + d, head_dim - d);
-        squares = mr_fma(v, v, squares);
-    }
-    float inverse = 1.0f / mr_sqrtf(mr_sum_lanes(squares) / (float)head_dim + epsilon);
-    for (size_t d = 0; d < head_dim; d += 16) {
-        size_t left = head_dim - d;
-        store_up_to(y + d, load_up_to(x + d, left) * inverse * load_up_to(norm + d, left), left);
-    }
-}
-
-/* y[D] = x[D], with pairs (d, d + R/2) turned by the angles of the position, times the scale. */
-static void rotate(const float *x, const float *cos_sin, size_t rotary_dim, size_t head_dim, float scale, float *y) {
-    size_t half = rotary_dim / 2;
-    for (size_t d = 0; d < half; d += 16) {
-        size_t left = half - d;
-        f32x16 low = load_up_to(x + d, left), high = load_up_to(x + half + d, left);
-        f32x16 cosine = load_up_to(cos_sin + d, left), sine = load_up_to(cos_sin + half + d, left);
-        store_up_to(y + d, mr_fma(low, cosine, -(high * sine)) * scale, left);
-        store_up_to(y + half + d, mr_fma(high, cosine, low * sine) * scale, left);
-    }
-    for (size_t d = rotary_dim; d < head_dim; d += 16) store_up_to(y + d, load_up_to(x + d, head_dim - d) * scale, head_dim - d);
-}
-
-/* y[Dp] from x[D]: normed if there is a norm, turned to the token's position, scaled; zero beyond D. */
-static void prepare_head(const struct mr_attention *a, size_t token, const float *x, const float *norm, float scale, float *y) {
-    float normed[MR_MAX_HEAD_DIM];
-    size_t padded = mr_attention_padded_dim(a);
-    if (padded != a->head_dim) mr_store(y + padded - 16, mr_splat(0.0f));
-    if (norm) normalize(x, norm, a->head_dim, a->norm_epsilon, normed);
-    rotate(norm ? normed : x, a->cos_sin + (size_t)a->positions[token] * a->rotary_dim, a->rotary_dim, a->head_dim, scale, y);
-}
-
-/* ---- keys and values into their blocks ---- */
-
-static size_t element_bytes(const struct mr_attention *a) { return a->cache_is_half ? 2 : 4; }
-
-/* Bytes of one block of keys, or of values, of one KV head. */
-static size_t head_block_bytes(const struct mr_attention *a) {
-    return MR_BLOCK_TOKENS * mr_attention_padded_dim(a) * element_bytes(a);
-}
-
-static char *cached_values(const struct mr_attention *a) {
-    return (char *)a->cache + a->num_blocks * a->kv_num_heads * head_block_bytes(a);
-}
-
-#define ONE_BY_ONE _Pragma("clang loop vectorize(disable) unroll_count(8)") /* a scatter is no faster than its stores */
-
-/* A token's key is a column of its block: one element every 16. */
-static void store_key(const struct mr_attention *a, const float *key, char *block, size_t offset) {
-    size_t dims = mr_attention_padded_dim(a);
-    if (!a->cache_is_half) {
-        float *column = (float *)block + offset;
-        ONE_BY_ONE for (size_t d = 0; d < dims; ++d) column[d * 16] = key[d];
-        return;
-    }
-    uint16_t half[MR_MAX_HEAD_DIM];
-    for (size_t d = 0; d < dims; d += 16) mr_store_f16(half + d, mr_load(key + d));
-    uint16_t *column = (uint16_t *)block + offset;
-    ONE_BY_ONE for (size_t d = 0; d < dims; ++d) column[d * 16] = half[d];
-}
-
-/* A token's value is a row of its block. */
-static void store_value(const struct mr_attention *a, const float *value, char *block, size_t offset) {
-    size_t dims = mr_attention_padded_dim(a), row = offset * dims;
-    for (size_t d = 0; d < dims; d += 16) {
-        size_t left = mr_min(a->head_dim - d, 16);
-        f32x16 v = left == 16 ? mr_load(value + d) : mr_load_n(value + d, left);
-        if (a->cache_is_half) mr_store_f16((uint16_t *)block + row + d, v);
-        else mr_store((float *)block + row + d, v);
-    }
-}
-
-static void fetch(const void *from, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
-}
-
-enum { WRITE_TOKENS = 16, FETCH_HEADS = 3 };
-
-/* Where one KV head of a token is read, in the projection, and written, in the blocks; `keys` is NULL if it has no slot. */
-struct kv_place {
-    const float *key, *value;
-    char *keys, *values;
-    size_t offset; /* in the block */
-};
-
-static struct kv_place place_kv(const struct mr_attention *a, size_t token, size_t head) {
-    if (a->slot_mapping[token] < 0) return (struct kv_place){0};
-    size_t slot = (size_t)a->slot_mapping[token], heads = a->num_heads + 2 * a->kv_num_heads;
-    size_t first = (slot / MR_BLOCK_TOKENS * a->kv_num_heads + head) * head_block_bytes(a);
-    const float *key = a->qkv + (token * heads + a->num_heads + head) * a->head_dim;
-    return (struct kv_place){.key = key,
-                             .value = key + a->kv_num_heads * a->head_dim,
-                             .keys = (char *)a->cache + first,
-                             .values = cached_values(a) + first,
-                             .offset = slot % MR_BLOCK_TOKENS};
-}
-
-/* A key touches every line of its block: fetched while the heads before are at work. */
-static void fetch_kv(const struct mr_attention *a, const struct kv_place *place) {
-    if (!place->keys) return;
-    size_t row_bytes = mr_attention_padded_dim(a) * element_bytes(a);
-    fetch(place->key, a->head_dim * sizeof(float));
-    fetch(place->value, a->head_dim * sizeof(float));
-    fetch(place->keys, head_block_bytes(a));
-    fetch(place->values + place->offset * row_bytes, row_bytes);
-}
-
-static void write_kv(const struct mr_attention *a, size_t token, const struct kv_place *place) {
-    float key[MR_ROW_FLOATS];
-    if (!place->keys) return;
-    prepare_head(a, token, place->key, a->k_norm, 1.0f, key);
-    store_key(a, key, place->keys, place->offset);
-    store_value(a, place->value, place->values, place->offset);
-}
-
-/* The KV heads of some tokens, one after the other, each fetched FETCH_HEADS before its turn. */
-static void write_tokens(const struct mr_attention *a, size_t first, size_t num_tokens) {
-    struct kv_place ahead[FETCH_HEADS];
-    size_t heads = a->kv_num_heads, count = num_tokens * heads;
-    for (size_t i = 0; i < count + FETCH_HEADS; ++i) {
-        struct kv_place *place = &ahead[i % FETCH_HEADS];
-        if (i >= FETCH_HEADS) write_kv(a, first + (i - FETCH_HEADS) / heads, place);
-        if (i >= count) continue;
-        *place = place_kv(a, first + i / heads, i % heads);
-        fetch_kv(a, place);
-    }
-}
-
-/* 16 rows of 16 to 16 columns: swap the off-diagonal quarters of ever smaller squares (Eklundh 1972). */
-#define SWAP_STEP(v, n, low, high)                                                                                            \
-    UNROLL for (size_t i = 0; i < 16; ++i) {                                                                                  \
-        if (i & (n)) continue;                                                                                                \
-        f32x16 upper = v[i], lower = v[i + (n)];                                                                              \
-        v[i] = __builtin_shufflevector(upper, lower, low);                                                                    \
-        v[i + (n)] = __builtin_shufflevector(upper, lower, high);                                                             \
-    }
-#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-
-MR_INLINE void transpose(f32x16 v[16]) {
-    SWAP_STEP(v, 8, LOW_8, HIGH_8)
-    SWAP_STEP(v, 4, LOW_4, HIGH_4)
-    SWAP_STEP(v, 2, LOW_2, HIGH_2)
-    SWAP_STEP(v, 1, LOW_1, HIGH_1)
-}
-
-/* The keys of a whole block: what store_key writes 16 times, without the scatter. */
-static void store_block_keys(const struct mr_attention *a, float (*keys)[MR_ROW_FLOATS], char *block) {
-    for (size_t d = 0; d < mr_attention_padded_dim(a); d += 16) {
-        f32x16 v[16];
-        UNROLL for (size_t i = 0; i < 16; ++i) v[i] = mr_load(keys[i] + d);
-        transpose(v);
-        UNROLL for (size_t i = 0; i < 16; ++i) {
-            if (a->cache_is_half) mr_store_f16((uint16_t *)block + (d + i) * 16, v[i]);
-            else mr_store((float *)block + (d + i) * 16, v[i]);
-        }
-    }
-}
-
-static void write_block(const struct mr_attention *a, size_t first) {
-    float keys[MR_BLOCK_TOKENS][MR_ROW_FLOATS];
-    for (size_t head = 0; head < a->kv_num_heads; ++head) {
-        struct kv_place place;
-        for (size_t i = 0; i < MR_BLOCK_TOKENS; ++i) {
-            place = place_kv(a, first + i, head);
-            prepare_head(a, first + i, place.key, a->k_norm, 1.0f, keys[i]);
-            store_value(a, place.value, place.values, i);
-        }
-        store_block_keys(a, keys, place.keys);
-    }
-}
-
-/* Whether the 16 tokens from `first` on fill a block in order. */
-static int fills_block(const struct mr_attention *a, size_t first) {
-    int32_t slot = a->slot_mapping[first];
-    if (first + MR_BLOCK_TOKENS > a->num_tokens || slot < 0 || slot % MR_BLOCK_TOKENS) return 0;
-    for (size_t i = 1; i < MR_BLOCK_TOKENS; ++i)
-        if (a->slot_mapping[first + i] != slot + (int32_t)i) return 0;
-    return 1;
-}
-
-/* Whether the token is one of 16 that fill a block; it belongs to whoever has the first of them. */
-static int is_in_block(const struct mr_attention *a, size_t token) {
-    size_t offset = (size_t)(a->slot_mapping[token] & (MR_BLOCK_TOKENS - 1));
-    return offset <= token && fills_block(a, token - offset);
-}
-
-static void write_task(void *user, size_t index, size_t slot) {
-    const struct mr_attention *a = user;
-    size_t token = index * WRITE_TOKENS, end = mr_min(token + WRITE_TOKENS, a->num_tokens);
-    (void)slot;
-    while (token < end) {
-        size_t first = token;
-        while (token < end && !is_in_block(a, token)) ++token;
-        write_tokens(a, first, token - first);
-        if (token < end && fills_block(a, token)) write_block(a, token);
-        token += token < end;
-    }
-}
 
 /* ---- one tile of query tokens with one KV head ---- */
 
@@ -243,6 +24,7 @@ struct work {
     float *queries, *sums, *inverse, *scores;
     size_t stride; /* between rows of scores */
     char *converted;
+    const char *after[FETCH_AHEAD]; /* keys that this worker is likely to read after this */
 };
 
 /* Where a tile's keys or values are read from: block i at base + blocks[i - first] * bytes. */
@@ -333,11 +115,17 @@ static void prepare_queries(const struct work *w) {
     }
 }
 
-/* The block of keys that is read after some others, or, after the last, a block of values: those come next. */
-static const char *soon(const struct work *w, const struct source *source, size_t block) {
-    if (block < w->num_blocks || !source->is_half) return block_at(source, mr_min(block, w->num_blocks - 1));
-    size_t id = (size_t)w->blocks[mr_min(block - w->num_blocks, w->num_blocks - 1)];
-    return cached_values(w->a) + w->head * head_block_bytes(w->a) + id * source->bytes;
+/* One KV head of a block, of keys or of values. */
+static const char *pool_block(const struct mr_attention *a, const char *pool, int32_t id, size_t head) {
+    return pool + ((size_t)id * a->kv_num_heads + head) * head_block_bytes(a);
+}
+
+/* What is read after `block` blocks of keys: more keys, then values, then what comes after. */
+static const char *soon(const struct work *w, size_t block) {
+    if (block < w->num_blocks) return pool_block(w->a, w->a->cache, w->blocks[block], w->head);
+    block -= w->num_blocks;
+    if (block < w->num_blocks) return pool_block(w->a, cached_values(w->a), w->blocks[block], w->head);
+    return w->after[mr_min(block - w->num_blocks, FETCH_AHEAD - 1)];
 }
 
 /* Scores of `rows` rows from `row` on with the blocks of `span`. */
@@ -347,7 +135,7 @@ static void score_blocks(const struct work *w, const struct source *source, size
         units = units_of(rows, span.end - block);
         for (size_t u = 0; u < units; ++u) {
             tile.keys[u] = block_at(source, block + u);
-            tile.next[u] = soon(w, source, block + units + u);
+            tile.next[u] = soon(w, block + units + u);
         }
         tile.scores = w->scores + row * w->stride + block * MR_BLOCK_TOKENS;
         score_tiles[rows][units][source->is_half](&tile);
@@ -418,13 +206,14 @@ static void softmax_all(const struct work *w) {
 /* Add the values of the tokens in `span` to the sums of `rows` rows, all of which see them. */
 static void add_values(const struct work *w, const struct source *source, size_t row, size_t rows, struct span span) {
     if (span.begin >= span.end) return;
-    size_t dims = mr_attention_padded_dim(w->a), skipped = source->first * MR_BLOCK_TOKENS;
+    size_t dims = mr_attention_padded_dim(w->a), skipped = source->first * MR_BLOCK_TOKENS, element = source->is_half ? 2 : 4;
     struct value_tile tile = {.weights = w->scores + row * w->stride + skipped, .stride = w->stride, .blocks = source->blocks,
                               .block_bytes = source->bytes, .num_blocks = w->num_blocks - source->first, .padded_dim = dims,
                               .begin = span.begin - skipped, .end = span.end - skipped};
     for (size_t d = 0, units; d < dims; d += units * 16) {
         units = units_of(rows, (dims - d) / 16);
-        tile.values = source->base + d * (source->is_half ? 2 : 4);
+        tile.values = source->base + d * element;
+        for (size_t i = 0; i < FETCH_AHEAD; ++i) tile.after[i] = w->after[i] + d * element;
         tile.sums = w->sums + row * MR_ROW_FLOATS + d;
         value_tiles[rows][units][source->is_half](&tile);
     }
@@ -474,19 +263,33 @@ static void write_out(const struct work *w) {
     }
 }
 
+/* Say what comes after: the next head's keys, or those of the tile that this worker is likely to take next. */
+static void expect(struct work *w, size_t tile, size_t head) {
+    const struct mr_attention *a = w->a;
+    int is_same = head + 1 < a->kv_num_heads && a->unit_heads > 1;
+    size_t next = is_same ? tile : mr_min(tile + a->num_workers, a->num_tiles - 1);
+    struct work then = open_work(a, &a->tiles[next], is_same ? head + 1 : 0, NULL);
+    for (size_t i = 0; i < FETCH_AHEAD; ++i)
+        w->after[i] = pool_block(a, a->cache, then.blocks[mr_min(i, then.num_blocks - 1)], then.head);
+}
+
 static void attend_task(void *user, size_t index, size_t slot) {
     const struct mr_attention *a = user;
-    struct work w = open_work(a, &a->tiles[index / a->kv_num_heads], index % a->kv_num_heads, a->slots + slot * a->slot_bytes);
-    prepare_queries(&w);
-    score_all(&w);
-    softmax_all(&w);
-    value_all(&w);
-    write_out(&w);
+    size_t first = index * a->unit_heads, tile = first / a->kv_num_heads;
+    for (size_t head = first % a->kv_num_heads, end = head + a->unit_heads; head < end; ++head) {
+        struct work w = open_work(a, &a->tiles[tile], head, a->slots + slot * a->slot_bytes);
+        expect(&w, tile, head);
+        prepare_queries(&w);
+        score_all(&w);
+        softmax_all(&w);
+        value_all(&w);
+        write_out(&w);
+    }
 }
 
 void MR_NAME(mr_attention)(const struct mr_attention *a, const struct mr_parallel *parallel) {
     struct mr_parallel limited = *parallel;
     limited.threads = mr_min(parallel->threads, a->num_workers);
     mr_run_slots(&limited, write_task, mr_ceil_div(a->num_tokens, WRITE_TOKENS), (void *)a);
-    mr_run_slots(&limited, attend_task, a->num_tiles * a->kv_num_heads, (void *)a);
+    mr_run_slots(&limited, attend_task, a->num_tiles * a->kv_num_heads / a->unit_heads, (void *)a);
 }

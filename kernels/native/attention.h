@@ -55,6 +55,7 @@ struct mr_attention {
     size_t score_floats;  /* the most that one tile's scores take */
     size_t slot_bytes;    /* scratch of one worker */
     size_t num_workers;   /* slots; 1 when the work is too little to share */
+    size_t unit_heads;    /* KV heads of a tile that one worker takes together: 1, or all */
     const struct mr_attention_tile *tiles; /* [num_tiles], most work first */
     char *slots;                           /* [workers][slot_bytes], 64-byte aligned */
 };

@@ -12,6 +12,7 @@ enum {
     FEWEST_ROWS = 16,            /* fewer would read keys and values too often */
     TILE_SCORE_BYTES = 768 * 1024, /* scores that stay in a core's own cache */
     COST_CLASSES = 4 * 64,
+    TILES_TO_SPARE = 4,      /* for each worker, or heads go separately */
     SERIAL_COST = 16 * 1024, /* cycles below which waking a thread costs more than it saves */
 };
 
@@ -93,7 +94,11 @@ static size_t plan_attention(struct mr_attention *a, struct tile_walk *walk, siz
     walk_tiles(walk, measure_tile);
     for (size_t class = 0; class < COST_CLASSES; ++class) walk->class_count[class + 1] += walk->class_count[class];
     a->slot_bytes = mr_attention_slot_bytes(a);
-    a->num_workers = walk->total_cost < SERIAL_COST ? 1 : mr_min(mr_max_size(threads, 1), a->num_tiles * a->kv_num_heads);
+    /* With tiles to spare a worker takes all heads of a tile: they lie side by side in a block, and what the processor fetches
+       beyond one head's keys is the next head's. */
+    threads = walk->total_cost < SERIAL_COST ? 1 : mr_max_size(threads, 1);
+    a->unit_heads = a->num_tiles >= TILES_TO_SPARE * threads ? a->kv_num_heads : 1;
+    a->num_workers = mr_min(threads, a->num_tiles * a->kv_num_heads / a->unit_heads);
     return mr_round_up(a->num_tiles * sizeof(struct mr_attention_tile), 64) + a->num_workers * a->slot_bytes;
 }
 

@@ -6,8 +6,7 @@
 #ifndef MR_ATTENTION_TILE_H
 #define MR_ATTENTION_TILE_H
 
-#include "attention.h"
-#include "vec.h"
+#include "attention_kv.h"
 
 #if defined(__AVX512F__) /* 32 registers of 16 lanes: 24 accumulators, 4 keys, a query */
 #define TILE_ROWS 6
@@ -25,8 +24,6 @@
 #endif
 
 #define FETCH_AHEAD 4 /* blocks: about the time that memory takes to answer */
-
-#define UNROLL _Pragma("clang loop unroll(full)")
 
 /* 16 lanes at an element offset of keys or values, which are half or float. */
 MR_INLINE f32x16 load_lanes(const char *from, size_t element, const int is_half) {
@@ -77,6 +74,7 @@ struct value_tile {
     const int32_t *blocks;
     size_t block_bytes;
     size_t num_blocks;     /* in `blocks` */
+    const char *after[FETCH_AHEAD]; /* blocks that are read after the last */
     size_t padded_dim;
     size_t begin, end;     /* tokens, counted from block 0 */
     float *sums;           /* rows MR_ROW_FLOATS apart, from the tile's first dim on */
@@ -93,8 +91,9 @@ MR_INLINE void value_tile(const struct value_tile *t, const size_t rows, const s
     for (size_t token = t->begin; token < t->end;) {
         size_t block = token / 16, stop = mr_min(t->end, (block + 1) * 16);
         const char *row = t->values + (size_t)t->blocks[block] * t->block_bytes + token % 16 * row_bytes;
-        size_t ahead = block + FETCH_AHEAD < t->num_blocks ? block + FETCH_AHEAD : block;
-        const char *next = t->values + (size_t)t->blocks[ahead] * t->block_bytes + token % 16 * row_bytes;
+        size_t ahead = block + FETCH_AHEAD;
+        const char *next = ahead < t->num_blocks ? t->values + (size_t)t->blocks[ahead] * t->block_bytes : t->after[ahead - t->num_blocks];
+        next += token % 16 * row_bytes;
         for (; token < stop; ++token, row += row_bytes, next += row_bytes) {
             f32x16 v[4];
             UNROLL for (size_t u = 0; u < units; ++u) {

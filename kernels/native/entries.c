@@ -10,6 +10,7 @@ MR_EXPORT size_t millrace_qlinear_scratch_bytes(size_t rows, size_t K);
 MR_EXPORT size_t millrace_linear_scratch_bytes(size_t rows, size_t K);
 MR_EXPORT uint64_t millrace_peak_int8(uint64_t rounds);
 MR_EXPORT uint64_t millrace_peak_f32(uint64_t rounds);
+MR_EXPORT void millrace_probe(uint32_t function, const float *a, const float *b, const float *c, float *out, size_t count);
 MR_EXPORT uint64_t millrace_read(const uint64_t *words, size_t count);
 
 static void run_serial(void *context, mr_task task, size_t count, void *user) {
@@ -46,6 +47,10 @@ size_t millrace_linear_scratch_bytes(size_t rows, size_t K) { return mr_linear_s
 uint64_t millrace_peak_int8(uint64_t rounds) { return mr_active()->peak_int8(rounds); }
 
 uint64_t millrace_peak_f32(uint64_t rounds) { return mr_active()->peak_f32(rounds); }
+
+void millrace_probe(uint32_t function, const float *a, const float *b, const float *c, float *out, size_t count) {
+    mr_active()->probe(function, a, b, c, out, count);
+}
 
 /* Read `count` words of memory once, in order; the result only keeps the compiler from skipping it. */
 uint64_t millrace_read(const uint64_t *words, size_t count) {

@@ -23,7 +23,7 @@ struct mr_linear {
     const float *residual; /* [rows, N] */
     float norm_epsilon;
     int32_t activation;
-    void *scratch; /* mr_linear_scratch_bytes(rows, K), 64-byte aligned */
+    void *scratch; /* with norm: mr_linear_scratch_bytes(rows, K), 64-byte aligned */
 };
 
 /* The same with int8 weights, and rows of x quantized to int8 on the way in. K <= MR_QLINEAR_MAX_K. */

@@ -161,7 +161,7 @@ static OrtStatus *compute_linear(const void *memory, struct mr_call *call) {
     struct linear_run run;
     struct mr_scratch scratch;
     MR_TRY(read_run(kernel, call, F_RESIDUAL, &run));
-    MR_TRY(mr_scratch_borrow(mr_linear_scratch_bytes((size_t)run.rows, (size_t)run.K), &scratch));
+    MR_TRY(mr_scratch_borrow(kernel->norm ? mr_linear_scratch_bytes((size_t)run.rows, (size_t)run.K) : 0, &scratch));
     const struct mr_linear args = {.x = run.x,
                                    .y = run.y,
                                    .rows = (size_t)run.rows,

@@ -94,6 +94,7 @@ struct mr_kernels {
     void (*sample)(const struct mr_sample *, const struct mr_parallel *);
     uint64_t (*peak_int8)(uint64_t rounds);
     uint64_t (*peak_f32)(uint64_t rounds);
+    void (*probe)(uint32_t function, const float *a, const float *b, const float *c, float *out, size_t count);
 };
 
 #ifdef MR_ISA
@@ -108,6 +109,9 @@ void MR_NAME(mr_sample)(const struct mr_sample *, const struct mr_parallel *);
 /* Register-only loops that show what the processor can do (measure.c): multiply-adds done by `rounds`. */
 uint64_t MR_NAME(mr_peak_int8)(uint64_t rounds);
 uint64_t MR_NAME(mr_peak_f32)(uint64_t rounds);
+
+/* One function of vec.h or vecmath.h over arrays, for tests (probe.c). */
+void MR_NAME(mr_probe)(uint32_t function, const float *a, const float *b, const float *c, float *out, size_t count);
 #endif
 
 /* The table in use (cpu.c): the widest form this processor runs, unless millrace_set_isa narrowed it. */

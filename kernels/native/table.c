@@ -16,4 +16,5 @@ const struct mr_kernels MR_NAME(mr_kernels) = {
     .sample = MR_NAME(mr_sample),
     .peak_int8 = MR_NAME(mr_peak_int8),
     .peak_f32 = MR_NAME(mr_peak_f32),
+    .probe = MR_NAME(mr_probe),
 };

@@ -161,6 +161,33 @@ def test_one_capacity_fault_costs_a_preemption_and_no_token() -> None:
     assert all((story.tokens, story.reason) == alone(generate("a", range(6), 8), VOCAB) for story in stories.values())
 
 
+def test_after_a_capacity_fault_nobody_starts_until_somebody_ends() -> None:
+    run = Run(LIMITS, fault=fails_at(BackendErrorKind.CAPACITY, 1))
+    run.add(generate("a", range(6), 4))
+    run.step()
+    for request_id in ("b", "c"):
+        run.add(generate(request_id, range(6), 9))
+    running = []
+    while run.engine.has_work:
+        run.step()
+        running.append(run.engine.load.running)
+    assert running[:3] == [1, 1, 0]  # a alone, to its end
+    assert running[3] == 2
+    run.assert_whole()
+
+
+def test_chunks_stay_small_after_a_capacity_fault_until_somebody_ends() -> None:
+    run = Run(LIMITS, fault=fails_at(BackendErrorKind.CAPACITY, 0))
+    run.add(generate("a", range(40), 1))
+    run.step()
+    assert run.engine.last_step is not None
+    assert run.engine.last_step.num_prefill_tokens == 20
+    run.finish()
+    run.add(generate("b", range(1, 41), 1))
+    run.step()
+    assert run.engine.last_step.num_prefill_tokens == 40
+
+
 def test_an_unexpected_error_rolls_back_and_passes_through() -> None:
     def explode(number: int) -> None:
         if number == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batcher.kv_blocks import KVBlockPool
 from batcher.scheduler import Scheduler
-from batcher.step_plan import StepPlan, fit_blocks
+from batcher.step_plan import StepPlan, find_starters, fit_blocks
 from tests.backends import scripted_limits
 from tests.batcher.driver import generate
 
@@ -94,6 +94,51 @@ def test_a_request_starts_only_if_all_it_knows_fits_and_leaves_a_block_for_each_
     run(it)  # one block used, five left; its next token needs one of them
     it.add(generate("b", range(8), 2), (), 1, 0.0)  # four blocks, and one to spare for a: one too many
     assert [name for name, *_ in shape(run(it))] == ["a"]
+
+
+def test_starters_of_one_step_count_each_others_blocks() -> None:
+    it = scheduler(num_blocks=7)
+    for name, first in (("a", 0), ("b", 20)):  # 4 blocks each
+        it.add(generate(name, range(first, first + 8), 2), (), 1, 0.0)
+    assert [name for name, *_ in shape(run(it))] == ["a"]
+
+
+def test_nobody_is_looked_up_whom_the_budget_cannot_reach() -> None:
+    it = scheduler(num_blocks=100, max_batch_tokens=6)
+    for name in "abcd":
+        it.add(generate(name, [ord(name) - ord("a")] * 4, 2), (), 1, 0.0)
+    starters = find_starters(it.waiting, it.pool, num_running=0, seats=4, spare_blocks=100, budget=6)
+    assert [starter.request.request_id for starter in starters] == ["a", "b"]
+
+
+def test_decodes_do_not_use_up_the_share_of_prompts() -> None:
+    it = scheduler(num_blocks=100, max_batch_seqs=8)
+    for i in range(4):
+        it.add(generate(f"stream{i}", [i], 9), (), 1, 0.0)
+    run(it)
+    it.add(generate("prompt", range(8), 2), (), 1, 0.0)
+    assert shape(run(it, prefill_budget=2))[-1] == ("prompt", 0, 2, False)
+
+
+def test_a_starter_of_higher_priority_is_computed_before_a_prompt_in_progress() -> None:
+    it = scheduler(num_blocks=100, max_batch_tokens=4)
+    it.add(generate("a", range(12), 2), (), 1, 0.0)
+    run(it)
+    it.add(generate("b", range(20, 23), 2, priority=1), (), 1, 0.0)
+    assert shape(run(it)) == [("b", 0, 3, True), ("a", 4, 5, False)]
+
+
+def test_a_preempted_request_keeps_its_tokens_and_its_place_and_nothing_else() -> None:
+    it = scheduler()
+    for name in "ab":
+        it.add(generate(name, [1, 2, 3], 9), (), 1, 0.0)
+    run(it)
+    it.add(generate("c", [1], 9), (), 1, 0.0)
+    (_, b) = it.running
+    it.preempt(b)
+    it.check()
+    assert it.waiting[0] is b
+    assert (b.token_ids.tolist(), b.num_computed_tokens, len(b.block_table)) == ([1, 2, 3, 7], 0, 0)
 
 
 def test_a_prompt_that_was_found_starts_behind_it() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -201,6 +201,30 @@ class Rig:
         depth = await self.queue.depth()
         return depth.queued_requests == depth.running_requests == 0
 
+    async def until_ended(self, count: int) -> None:
+        """Wait until this many requests have ended for the gateway."""
+
+        async def have_ended() -> bool:
+            return len(self.telemetry.ended) >= count
+
+        await until(have_ended)
+
+    async def until_tokens(self, count: int) -> None:
+        """Wait until the gateway has seen exactly this many tokens."""
+
+        async def have_come() -> bool:
+            return self.telemetry.token_count == count
+
+        await until(have_come)
+
+    async def until_leased(self, count: int) -> None:
+        """Wait until the worker has leased this many requests."""
+
+        async def are_leased() -> bool:
+            return len(self.worker.requests) >= count
+
+        await until(are_leased)
+
     async def until_idle(self) -> None:
         """Wait until nothing waits or runs in the queue."""
         await until(self.is_idle)
@@ -248,7 +272,7 @@ async def server(app: FastAPI, *, send_buffer_bytes: int | None = None) -> Async
     listener = socket.create_server(("127.0.0.1", 0))
     if send_buffer_bytes is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-    config = uvicorn.Config(app, log_level="error", lifespan="off", ws_per_message_deflate=False)
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=2)
     running = uvicorn.Server(config)
     serving = asyncio.create_task(running.serve(sockets=[listener]))
 
@@ -262,6 +286,19 @@ async def server(app: FastAPI, *, send_buffer_bytes: int | None = None) -> Async
         running.should_exit = True
         await serving
         listener.close()
+
+
+@contextmanager
+def mute_client(address: str) -> Iterator[socket.socket]:
+    """A connection that takes next to nothing: small buffers, and nobody reads."""
+    host, port = address.split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+    client.connect((host, int(port)))
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 @dataclass

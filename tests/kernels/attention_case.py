@@ -55,7 +55,7 @@ _POINTERS = (
     *("qkv", "cache", "positions", "cu_seqlens", "past_lens", "block_table", "slot_mapping"),
     *("cos_sin", "q_norm", "k_norm", "sinks", "out"),
 )
-_PLAN_SIZES = ("num_tiles", "max_tile_rows", "score_floats", "slot_bytes", "num_workers")
+_PLAN_SIZES = ("num_tiles", "max_tile_rows", "score_floats", "slot_bytes", "num_workers", "unit_heads")
 
 
 class _Attention(ctypes.Structure):

@@ -59,7 +59,7 @@ def random_layer(
         outputs=outputs,
         scale=rng.uniform(1e-4, 1e-3, columns).astype(np.float32) if quantized else None,
         bias=normal(columns) if "bias" in extras else None,
-        norm=1 + normal(inputs) / 8 if "norm" in extras else None,
+        norm=rng.uniform(0.5, 1.5, inputs).astype(np.float32) if "norm" in extras else None,
         residual=normal(rows, outputs) if "residual" in extras else None,
         silu_mul=silu_mul,
     )
@@ -157,7 +157,7 @@ def run_layer(layer: Layer, parallel: Parallel | None = None, place: Place = in_
 
 def fused(a: Floats, b: Floats, c: Floats) -> Floats:
     """a * b + c, rounded once."""
-    exact = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
+    exact: NDArray[np.longdouble] = a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)
     return exact.astype(np.float32)
 
 
@@ -165,7 +165,7 @@ def sum_lanes(lanes: Floats) -> Floats:
     """[..., 16] -> [...]: lanes i and i + 8, then i + 4, i + 2, i + 1."""
     for half in (8, 4, 2, 1):
         lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
+    return lanes.reshape(lanes.shape[:-1])
 
 
 def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:

@@ -1,4 +1,4 @@
-"""QLinear and Linear: what they compute, and that nothing but a row decides its bits. Without a runtime, in every form."""
+"""QLinear and Linear: what they compute, and that nothing but a row decides its bits. In every form, without a runtime."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_number_of_threads_changes_no_bit(quantized: bool, threads: int, row
     np.testing.assert_array_equal(bits(run_layer(layer, parallel(threads))), bits(run_layer(layer)))
 
 
-# rows x inputs x outputs where the cut into tasks changes: full blocks, one block, many rows for few blocks, the widest input
+# rows x inputs x outputs, for each cut into tasks: many blocks, one block, many rows for few blocks, a wide input
 SHAPES = [(64, 576, 960), (1, 4, 1), (200, 1536, 64), (3, 8192, 65)]
 
 
@@ -96,7 +96,7 @@ def test_a_quantized_layer_is_close_to_the_layer_it_stands_for() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_do_not_overflow(sign: int) -> None:
-    """Every product at its largest, K at its limit: 127 * 127 * 65536 fits, and so must 255 * 127 * 65536 on the way."""
+    """Every product at its largest, K at its limit: 127 * 127 * 65536 fits, and so must 255 * 127 * 65536 before."""
     layer = random_layer(4, 2, 65536, 64, quantized=True)
     layer = replace(layer, x=np.full_like(layer.x, 5), weight=np.full_like(layer.weight, 127 * sign))
     for y in in_every_form(layer):

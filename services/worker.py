@@ -22,7 +22,7 @@ from functools import partial
 from batcher.backend import BackendError, BackendLimits
 from batcher.engine import Engine
 from wire.messages import Failed, Finished, Generate
-from wire.queue import Append, Lease, LeaseBudget, Queue, RefusalReason
+from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Worker:
                 if isinstance(event, Finished | Failed):
                     self._forget(event.request_id, append.epoch)
             for refusal in refusals:
-                self._refused(refusal.request_id, refusal.reason)
+                self._refused(refusal)
 
     def _forget(self, request_id: str, epoch: int) -> None:
         owned = self._owned.get(request_id)
@@ -188,13 +188,17 @@ class Worker:
             del self._owned[request_id]
             self._work_changed.set()
 
-    def _refused(self, request_id: str, reason: RefusalReason) -> None:
-        if reason is RefusalReason.CANCELLED:  # the engine ends it with Finished("cancelled")
-            self._command(partial(self._engine.cancel, request_id))
+    def _refused(self, refusal: Refusal) -> None:
+        owned = self._owned.get(refusal.request_id)
+        if owned is None or owned.epoch != refusal.epoch:  # we lost it, and hold it again under a newer lease
             return
-        if self._owned.pop(request_id, None) is not None:  # somebody else's now, or ended: free its blocks in silence
-            self._command(partial(self._engine.drop, request_id))
-            self._work_changed.set()
+        if refusal.reason is RefusalReason.CANCELLED:  # the engine ends it with Finished("cancelled")
+            self._command(partial(self._engine.cancel, refusal.request_id))
+            return
+        # Somebody else's now, or ended: free its blocks in silence.
+        del self._owned[refusal.request_id]
+        self._command(partial(self._engine.drop, refusal.request_id))
+        self._work_changed.set()
 
     async def _renew_loop(self) -> None:
         seen = -1.0
@@ -206,7 +210,7 @@ class Worker:
                 seen = self._last_step
                 leases = [(rid, owned.epoch) for rid, owned in self._owned.items()]
                 for refusal in await self._queue.renew(leases):
-                    self._refused(refusal.request_id, refusal.reason)
+                    self._refused(refusal)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 

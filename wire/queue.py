@@ -2,7 +2,7 @@
 
 Promise: once `submit` has returned, the request reaches exactly one terminal event; each token index is appended once
 and delivered in order. Implementations: services/queues/memory.py (one process), services/queues/redis.py (many). Both
-pass tests/contracts/test_queue.py.
+pass the suites tests/contracts/test_queue*.py.
 
 Leases fence: `lease` hands a request to one worker with a new `epoch`; an append that carries another epoch is refused
 with FENCED and changes nothing. A lease that is not renewed (publishing renews) lapses, and the request is handed out

@@ -225,7 +225,6 @@ class History(RuleBasedStateMachine):
             assert terminal.code == life.end
 
 
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 def test_random_histories_agree_with_the_model(queue_factory: QueueFactory) -> None:
     machine = type("History", (History,), {"factory": staticmethod(queue_factory)})
     run_machine(

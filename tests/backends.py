@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batcher.backend import Backend, BackendLimits, ModelInput, SamplingInput
 from services.backends.scripted import ScriptedBackend
+from tests.shipped import shipped_backend
 from wire.messages import Generate, SamplingParams
 
 
@@ -34,6 +35,7 @@ def scripted_limits(
 # What tests/contracts/test_backend.py runs against. A backend that needs a model makes it in its function.
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "scripted": lambda: ScriptedBackend(scripted_limits()),
+    "onnxruntime": shipped_backend,
 }
 
 

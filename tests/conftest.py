@@ -1,26 +1,21 @@
-"""Fixtures that several rooms share: the shipped model, imported once a session into a store of its own."""
+"""Fixtures that several rooms share."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from services.loading import StoredModel, find_model
-from services.model_commands import SHIPPED_NAME, ensure_shipped
+from services.loading import StoredModel
 from services.settings import Settings
+from tests import shipped as shipped_store
 
 
 @pytest.fixture(scope="session")
-def shipped_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def shipped_settings() -> Settings:
     """Settings whose store holds the shipped model as w8a8."""
-    store: Path = tmp_path_factory.mktemp("store")
-    settings = Settings(store=store, kv_memory_bytes=64 * 2**20, threads=2)
-    ensure_shipped(settings)
-    return settings
+    return shipped_store.shipped_settings()
 
 
 @pytest.fixture(scope="session")
-def shipped(shipped_settings: Settings) -> StoredModel:
+def shipped() -> StoredModel:
     """The shipped model as an artifact."""
-    return find_model(shipped_settings, SHIPPED_NAME)
+    return shipped_store.shipped_model()

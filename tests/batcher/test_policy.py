@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batcher.policy import adapt_prefill_budget, order_key, refusal, split_budget
@@ -42,6 +42,7 @@ def test_the_budget_is_split(
     assert split_budget(pending, budget, prefill_budget) == counts, remark
 
 
+@settings(deadline=None)
 @given(
     pending=st.lists(st.one_of(st.just(1), st.integers(1, 40)), max_size=12),
     budget=st.integers(1, 60),
@@ -88,6 +89,7 @@ def test_the_prefill_share_follows_the_step_time(
     assert adapt(share, step_s, decodes=decodes, prefill=prefill) == expected, remark
 
 
+@settings(deadline=None)
 @given(base_s=st.floats(0.0, 0.035), token_s=st.floats(1e-6, 5e-4))
 def test_growing_from_the_least_never_overshoots_and_comes_close(base_s: float, token_s: float) -> None:
     share = 16
@@ -100,6 +102,7 @@ def test_growing_from_the_least_never_overshoots_and_comes_close(base_s: float, 
     assert share in (16, 512) or step_s >= 0.8 * 0.05 - token_s
 
 
+@settings(deadline=None)
 @given(base_s=st.floats(0.0, 0.03), token_s=st.floats(1e-5, 1e-3))
 def test_a_share_that_is_far_too_large_comes_under_the_target(base_s: float, token_s: float) -> None:
     share = 512

@@ -115,8 +115,9 @@ def test_the_filters_keep(top_k: int, top_p: float, min_p: float, expected: list
 
 
 def test_equal_logits_are_kept_by_lower_id() -> None:
-    token_ids, _ = kept(np.zeros(6, np.float32), 1.0, 3, 1.0, 0.0)
-    assert token_ids.tolist() == [0, 1, 2]
+    logits = np.tile(np.array([0.0, 2.0, 1.0], np.float32), 100)
+    token_ids, _ = kept(logits, 1.0, 150, 1.0, 0.0)
+    assert token_ids.tolist() == [*range(1, 300, 3), *range(2, 150, 3)]
 
 
 def test_temperature_widens_what_min_p_keeps() -> None:

@@ -295,6 +295,7 @@ def mute_client(address: str) -> Iterator[socket.socket]:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
     client.connect((host, int(port)))
+    client.setblocking(False)  # the server runs on the same event loop
     try:
         yield client
     finally:

@@ -400,7 +400,7 @@ async def test_a_reader_that_takes_nothing_is_cut() -> None:
         body = b'{"prompt":"Hello","stream":true,"max_tokens":4000}'
         head = b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         with mute_client(address) as client:
-            client.sendall(head % len(body) + body)
+            await asyncio.get_running_loop().sock_sendall(client, head % len(body) + body)
             await gateway.until_ended(1)
             await gateway.until_idle()
         assert [done.finish_reason for done in gateway.telemetry.ended] == ["cancelled"]

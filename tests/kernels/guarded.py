@@ -1,4 +1,4 @@
-"""Memory that ends in a page nobody may touch, so that reading or writing one element too far is a fault and not luck."""
+"""Memory that ends in a page nobody may touch: reading or writing one element too far is a fault and not luck."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Linear layers for tests: random cases, the kernels behind ctypes, and what the layers mean in numpy.
 
-The references repeat the kernels' float32 steps one by one (kernels/README.md), so that results can be compared bit by bit; only
-SiLU, an approximation, gets a tolerance. A fused multiply-add is done in extended precision and rounded once more, which differs
-from a true one about once in 2^40 times.
+The references repeat the kernels' float32 steps one by one (kernels/README.md), so that results can be compared bit by
+bit; only SiLU, an approximation, gets a tolerance. A fused multiply-add is done in extended precision and rounded once
+more, which differs from a true one about once in 2^40 times.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def packed(layer: Layer) -> dict[str, NDArray[np.generic]]:
 
 
 def run_layer(layer: Layer, parallel: Parallel | None = None, place: Place = in_place) -> Floats:
-    """The layer through the kernels in use, on the calling thread or in that parallel loop, its tensors put in `place`."""
+    """The layer through the kernels in use, its tensors put in `place`; without `parallel` on the calling thread."""
     library = load()
     rows, inputs = layer.x.shape
     name = "linear" if layer.scale is None else "qlinear"
@@ -179,7 +179,8 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
         sums = fused(chunks[:, chunk], chunks[:, chunk], sums)
     total = sum_lanes((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3]))
     inverse_rms = np.float32(1) / np.sqrt(total / np.float32(inputs) + np.float32(epsilon))
-    return x * inverse_rms[:, None] * weight
+    normalized: Floats = x * inverse_rms[:, None] * weight
+    return normalized
 
 
 def quantize_rows(x: Floats) -> tuple[NDArray[np.int64], Floats]:

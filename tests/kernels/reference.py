@@ -153,7 +153,7 @@ def gumbel(tokens: NDArray[np.int64], seed: int, position: int) -> Doubles:
 def sample_row(
     logits: Floats, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int, noise: float = 1e-4
 ) -> Draw:
-    """One row, token by token; -1 without a finite logit. Ambiguous: two candidates or a filter's edge within `noise`."""
+    """One row; -1 without a finite logit. Ambiguous: another token, kept or at a filter's edge, is within `noise` of winning."""
     if not np.isfinite(logits).any():
         return Draw(-1, False)
     usable = np.where(np.isnan(logits), -np.inf, np.minimum(logits, np.finfo(np.float32).max)).astype(np.float64)
@@ -165,10 +165,13 @@ def sample_row(
     weights = np.exp(z)
     before = np.concatenate([[0.0], np.cumsum(weights / weights.sum())[:-1]])
     is_kept = (weights >= min_p) & ((before < top_p) | (top_p >= 1))
-    is_kept[0] = True
-    is_edge = bool(top_p < 1 and (np.abs(before[1:] - top_p) < noise * 1e-2).any())
-    is_edge |= bool(min_p > 0 and (np.abs(z[1:] - np.log(min_p)) < noise * 1e-1).any())
-    scores = z[is_kept] + gumbel(order[is_kept], seed, position)
-    ranked = np.sort(scores)[::-1]
-    is_close = len(ranked) > 1 and ranked[0] - ranked[1] < noise
-    return Draw(int(order[is_kept][scores.argmax()]), is_edge or bool(is_close))
+    is_edge = np.zeros(len(order), bool)
+    if 0 < top_p < 1:
+        is_edge |= np.abs(before - top_p) < noise * 1e-2
+    if min_p > 0:
+        is_edge |= (z < 0) & (np.abs(z - np.log(min_p)) < noise * 1e-1)  # z = 0 is a weight of 1 without noise
+    is_kept[0], is_edge[0] = True, False
+    scores = z + gumbel(order, seed, position)
+    best = int(np.where(is_kept, scores, -np.inf).argmax())
+    rivals = (is_kept | is_edge) & (scores > scores[best] - noise)
+    return Draw(int(order[best]), bool(is_edge[best]) or int(rivals.sum()) > 1)

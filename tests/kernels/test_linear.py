@@ -1,4 +1,4 @@
-"""QLinear and Linear: what they compute, and that nothing but a row decides its bits. In every form, without a runtime."""
+"""QLinear and Linear: what they compute, and that nothing but a row decides its bits. In every form, alone."""
 
 from __future__ import annotations
 

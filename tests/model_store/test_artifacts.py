@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
-from model_store.errors import ParityError
+from model_store.errors import BadCheckpoint, ParityError
 from model_store.importing import import_model
 from model_store.manifest import ModelManifest
 from model_store.parity import Candidate, relative_errors
@@ -154,6 +155,19 @@ def test_an_artifact_that_computes_something_else_does_not_enter_the_store(tmp_p
         import_model(tmp_path / "source", store, "pond", scheme="fp32", candidate_factory=wrong, progress=quiet)
     assert store.list() == []
     assert list((tmp_path / "store" / ".incoming").iterdir()) == []
+
+
+def test_a_weight_that_is_not_finite_stops_the_import_and_leaves_nothing(tmp_path: Path) -> None:
+    CASES["llama"].write(tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 6] = np.inf
+    save_file(tensors, weights)
+    store = Store(tmp_path / "store")
+    with pytest.raises(BadCheckpoint, match=r"layers\.1\.mlp\.up_proj\.weight holds a value that is not finite"):
+        import_model(tmp_path / "source", store, "pond", scheme="w8a8", candidate_factory=open_session, progress=quiet)
+    assert list((tmp_path / "store" / ".incoming").iterdir()) == []
+    assert store.list() == []
 
 
 def test_the_bound_can_be_made_stricter_than_the_schemes(tmp_path: Path) -> None:

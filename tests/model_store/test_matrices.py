@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -36,6 +36,7 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
     return Tensor(f"t{seed}", shape, "F32", Array(values))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=4), st.data())
 def test_any_blocks_of_stacked_tensors_are_those_of_the_whole(heights: list[int], data: st.DataObject) -> None:
     parts = tuple(tensor(height, 3, seed=seed) for seed, height in enumerate(heights))
@@ -48,6 +49,7 @@ def test_any_blocks_of_stacked_tensors_are_those_of_the_whole(heights: list[int]
     assert (matrix.num_columns, matrix.num_inputs) == (sum(heights), 3)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 200))
 def test_gate_and_up_interleave_by_half_blocks(height: int) -> None:
     gate, up = tensor(height, 2, seed=1), tensor(height, 2, seed=2)

@@ -1,23 +1,23 @@
 """The one decoder-only transformer, written as a graph of five nodes a layer.
 
-        ┌────────────────────────────┐   ┌──────────────────────────┐
-    x ──┴─ linear ── attention ── linear ─┴─ linear ─────── linear ───┴── x of the next layer
-           norm, qkv              + x        norm, gate_up  + x
-                                             silu * up
+    x ─┬─ linear ────── attention ── linear ─┬─ linear ───────────── linear ─── x of the next layer
+       │  norm, qkv                  +       │  norm, silu(gate) * up  +
+       └─────────────────────────────┘       └─────────────────────────┘
 
-Every architecture goes through here; what differs is in the spec, in the weights, and in which operator the NodeWriter
-picks.
+Every architecture goes through here; what differs is in the spec, in the weights, and in the operators that a
+NodeWriter picks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from model_store.graph import Graph, Value
 from model_store.manifest import KvCache
 from model_store.matrices import GateUp, Matrix, Stacked
 from model_store.spec import DecoderSpec
-from model_store.targets import NodeWriter, SamplingInputs, StepInputs
+from model_store.targets import Activation, NodeWriter, SamplingInputs, StepInputs
 from model_store.tensors import Tensor
 from model_store.weight_packer import WeightPacker
 
@@ -33,19 +33,18 @@ def write_decoder(
     """Write inputs, nodes, weights and outputs (token_ids int64 [R], logits float32 [R, V]) into `graph`."""
     step = _step_inputs(graph, spec, nodes.kv_cache(spec))
     sampling = _sampling_inputs(graph)
-    cos_sin = weights.vector("cos_sin", spec.rope.table())
+    layers = _Layers(graph, spec, nodes, weights, tensors, step, cos_sin=weights.vector("cos_sin", spec.rope.table()))
 
-    table = weights.matrix("embed" if not spec.tied_embeddings else "lm_head", Stacked((tensors["embed"],)))
+    table = weights.matrix("lm_head" if spec.tied_embeddings else "embed", Stacked((tensors["embed"],)))
     x = nodes.embed(graph, "/embed", step.input_ids, table)
-    for layer in range(spec.num_layers):
-        x = _write_layer(graph, spec, nodes, weights, tensors, layer=layer, x=x, step=step, cos_sin=cos_sin)
-    rows = graph.node(
-        "Gather", "/logits_rows", (x, step.logits_rows), "float32", "R", spec.hidden_size, domain="", axis=0
-    )
+    for number in range(spec.num_layers):
+        x = layers.write(number, x)
+    wanted = ("R", spec.hidden_size)
+    x = graph.node("Gather", "/logits_rows", (x, step.logits_rows), "float32", *wanted, domain="", axis=0)
     logits = nodes.linear(
         graph,
         "/lm_head",
-        rows,
+        x,
         table if spec.tied_embeddings else weights.matrix("lm_head", Stacked((tensors["lm_head"],))),
         norm=weights.vector("final_norm", tensors["final_norm"].read()),
         norm_epsilon=spec.norm_epsilon,
@@ -55,66 +54,94 @@ def write_decoder(
     graph.output(logits.expect("float32", "R", spec.vocab_size))
 
 
-def _write_layer(
-    graph: Graph,
-    spec: DecoderSpec,
-    nodes: NodeWriter,
-    weights: WeightPacker,
-    tensors: Mapping[str, Tensor],
-    *,
-    layer: int,
-    x: Value,
-    step: StepInputs,
-    cos_sin: Value,
-) -> Value:
-    """One layer: [T, hidden] -> [T, hidden]."""
-    prefix = f"layers.{layer}"
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Writes layers one after another; everything they share."""
 
-    def vector(name: str) -> Value | None:
-        tensor = tensors.get(f"{prefix}.{name}")
-        return None if tensor is None else weights.vector(f"{prefix}.{name}", tensor.read())
+    graph: Graph
+    spec: DecoderSpec
+    nodes: NodeWriter
+    weights: WeightPacker
+    tensors: Mapping[str, Tensor]  # by canonical name (architectures.py)
+    step: StepInputs
+    cos_sin: Value
 
-    def linear(name: str, x: Value, parts: tuple[str, ...], norm: str | None, residual: Value | None) -> Value:
-        is_gated = parts == ("gate", "up")
-        biases = _matrix([f"{prefix}.{part}_bias" for part in parts], tensors, is_gated)
-        matrix = _matrix([f"{prefix}.{part}" for part in parts], tensors, is_gated)
-        if matrix is None:
-            raise KeyError(f"{prefix}: no tensors {parts}; this is a bug (open_checkpoint compares them)")
-        return nodes.linear(
-            graph,
-            f"/{prefix}/{name}",
+    def write(self, number: int, x: Value) -> Value:
+        """Layer `number`: [T, hidden] -> [T, hidden]."""
+        at, spec = f"layers.{number}", self.spec
+        qkv = self._linear(
+            f"{at}.qkv",
             x,
-            weights.matrix(f"{prefix}.{name}", matrix),
-            bias=None if biases is None else weights.bias(f"{prefix}.{name}.bias", biases),
-            norm=None if norm is None else vector(norm),
-            norm_epsilon=spec.norm_epsilon,
-            residual=residual,
-            activation="silu_mul" if is_gated else "none",
+            self._stacked(at, "q", "k", "v"),
+            bias=self._stacked(at, "q_bias", "k_bias", "v_bias") if spec.qkv_bias else None,
+            norm=self._vector(f"{at}.attention_norm"),
+        )
+        attended = self.nodes.attention(
+            self.graph,
+            f"/{at}/attention",
+            qkv,
+            self.step,
+            cos_sin=self.cos_sin,
+            spec=spec,
+            layer=number,
+            q_norm=self._vector(f"{at}.q_norm") if spec.qk_norm else None,
+            k_norm=self._vector(f"{at}.k_norm") if spec.qk_norm else None,
+        )
+        x = self._linear(
+            f"{at}.output",
+            attended,
+            self._stacked(at, "output"),
+            bias=self._stacked(at, "output_bias") if spec.output_bias else None,
+            residual=x,
+        )
+        gated = self._linear(
+            f"{at}.gate_up",
+            x,
+            self._gate_up(at, "gate", "up"),
+            bias=self._gate_up(at, "gate_bias", "up_bias") if spec.mlp_bias else None,
+            norm=self._vector(f"{at}.mlp_norm"),
+            activation="silu_mul",
+        )
+        return self._linear(
+            f"{at}.down",
+            gated,
+            self._stacked(at, "down"),
+            bias=self._stacked(at, "down_bias") if spec.mlp_bias else None,
+            residual=x,
         )
 
-    qkv = linear("qkv", x, ("q", "k", "v"), norm="attention_norm", residual=None)
-    attended = nodes.attention(
-        graph,
-        f"/{prefix}/attention",
-        qkv,
-        step,
-        cos_sin=cos_sin,
-        spec=spec,
-        layer=layer,
-        q_norm=vector("q_norm"),
-        k_norm=vector("k_norm"),
-    )
-    x = linear("output", attended, ("output",), norm=None, residual=x)
-    gated = linear("gate_up", x, ("gate", "up"), norm="mlp_norm", residual=None)
-    return linear("down", gated, ("down",), norm=None, residual=x)
+    def _linear(
+        self,
+        name: str,
+        x: Value,
+        matrix: Matrix,
+        *,
+        bias: Matrix | None,
+        norm: Value | None = None,
+        residual: Value | None = None,
+        activation: Activation = "none",
+    ) -> Value:
+        at, _, what = name.rpartition(".")
+        return self.nodes.linear(
+            self.graph,
+            f"/{at}/{what}",
+            x,
+            self.weights.matrix(name, matrix),
+            bias=None if bias is None else self.weights.bias(f"{name}.bias", bias),
+            norm=norm,
+            norm_epsilon=self.spec.norm_epsilon,
+            residual=residual,
+            activation=activation,
+        )
 
+    def _stacked(self, at: str, *names: str) -> Matrix:
+        return Stacked(tuple(self.tensors[f"{at}.{name}"] for name in names))
 
-def _matrix(names: list[str], tensors: Mapping[str, Tensor], is_gated: bool) -> Matrix | None:
-    """The tensors `names` as one matrix in packed order, or None if the model has none of them."""
-    found = tuple(tensors[name] for name in names if name in tensors)
-    if not found:
-        return None
-    return GateUp(*found) if is_gated else Stacked(found)
+    def _gate_up(self, at: str, gate: str, up: str) -> Matrix:
+        return GateUp(self.tensors[f"{at}.{gate}"], self.tensors[f"{at}.{up}"])
+
+    def _vector(self, name: str) -> Value:
+        return self.weights.vector(name, self.tensors[name].read())
 
 
 def _step_inputs(graph: Graph, spec: DecoderSpec, cache: KvCache) -> StepInputs:

@@ -88,7 +88,7 @@ class Graph:
     def constant(self, name: str, array: NDArray[np.generic]) -> Value:
         """An initializer, or the one that was written before with the same dtype, shape and bytes."""
         array = np.ascontiguousarray(array)
-        key = (array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest())
+        key = (array.dtype.name, array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
         if key not in self._constants:
             self._constants[key] = self.weight(name, array.dtype.name, array.shape, [array])
         return self._constants[key]

@@ -73,7 +73,7 @@ class ModelManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     manifest_version: int
     name: str
-    revision: str  # first 12 hex digits of the SHA-256 over scheme, target and the source's files
+    revision: str  # first 12 hex digits of the SHA-256 over builder version, scheme, target and the source's files
     architecture: str  # Hugging Face name, e.g. "LlamaForCausalLM"
     scheme: str  # "fp32", "w8a8"
     target: str  # "cpu"

@@ -1,8 +1,8 @@
 """Lay weights out the way the CPU operators read them (kernels/README.md), and back.
 
-Apart from quantization because this moves numbers and changes none, and from kernels/ because packing happens once, at import,
-while the operators use the stored bytes as they are. A matrix is [N, K], N outputs (columns of the packed form) and K inputs.
-Blocks hold 64 columns; everything is padded with zeros, which add nothing to any sum.
+Apart from quantization because this moves numbers and changes none, and from kernels/ because packing happens once,
+at import, while the operators use the stored bytes as they are. A matrix is [N, K], N outputs (columns of the packed
+form) and K inputs. Blocks hold 64 columns; everything is padded with zeros, which add nothing to any sum.
 """
 
 from __future__ import annotations

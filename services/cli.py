@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument(
         "--scheme", default="w8a8", choices=("w8a8", "fp32"), help="how weights are stored (default w8a8)"
     )
+    action.add_argument(
+        "--parity-bound",
+        type=float,
+        help="largest relative error of a row of logits to accept (default: 1e-4 for fp32, 0.25 for w8a8)",
+    )
     action.add_argument("--json", action="store_true")
     action.set_defaults(command=_models_import)
     for name, help_text in (
@@ -131,7 +136,12 @@ def _models_import(arguments: argparse.Namespace) -> int:
     from services.model_commands import import_directory
 
     settings = read_settings(arguments)
-    return import_directory(settings, arguments.directory, arguments.name, arguments.scheme, as_json=arguments.json)
+    bound = arguments.parity_bound
+    if bound is not None and not 0 < bound < 1:
+        raise BadRequest(f"--parity-bound is {bound}; expected a number between 0 and 1", param="--parity-bound")
+    return import_directory(
+        settings, arguments.directory, arguments.name, arguments.scheme, parity_bound=bound, as_json=arguments.json
+    )
 
 
 def _models_action(arguments: argparse.Namespace) -> int:

@@ -14,12 +14,14 @@ from batcher.backend import Backend, ModelInput, SamplingInput
 from batcher.engine import Engine
 from kernels import library
 from model_store.manifest import ModelManifest, read_manifest
+from model_store.parity import PROMPT_LENGTHS
 from model_store.store import Store
 from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block, count_blocks
 from services.machine import Machine, inspect_machine
 from services.settings import Settings
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
+PARITY_TOKENS = max(PROMPT_LENGTHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +63,44 @@ def open_engine(settings: Settings, backend: Backend) -> Engine:
 
 
 class ArtifactLogits:
-    """All logits of one sequence through an artifact, for parity: token ids [T] -> float32 [T, V].
+    """All logits of one sequence through an artifact, for parity: token ids [T] -> float32 [T, V], in one prefill step.
 
-    One token a step would be slow and one step gives one row, so each prefix is asked for as its own sequence row by
-    row through the KV cache: exactly the path that serving takes.
+    That a prefill in one step, in chunks and token by token has the same bits is proved elsewhere, by tests.
     """
 
     def __init__(self, backend: OnnxRuntimeBackend) -> None:
         self._backend = backend
 
     def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        limits = self._backend.limits
         count = len(token_ids)
-        num_blocks = -(-count // limits.block_size)
-        rows = np.empty((count, limits.vocab_size), dtype=np.float32)
-        table = np.arange(num_blocks, dtype=np.int32)[None, :]
-        one = np.ones(1, dtype=np.float32)
-        for t in range(count):
-            batch = ModelInput(
-                input_ids=token_ids[t : t + 1],
-                positions=np.array([t], dtype=np.int64),
-                cu_seqlens=np.array([0, 1], dtype=np.int32),
-                past_lens=np.array([t], dtype=np.int32),
-                block_table=table,
-                slot_mapping=np.array([t], dtype=np.int32),
-                logits_rows=np.array([0], dtype=np.int32),
-            )
-            greedy = SamplingInput(
-                temperature=0 * one,
-                top_k=np.zeros(1, dtype=np.int32),
-                top_p=one,
-                min_p=0 * one,
-                seed=np.zeros(1, dtype=np.int64),
-                position=np.array([t + 1], dtype=np.int64),
-            )
-            rows[t] = self._backend.forward(batch, greedy).logits[0]
-        return rows
+        order = np.arange(count, dtype=np.int64)
+        num_blocks = -(-count // self._backend.limits.block_size)
+        batch = ModelInput(
+            input_ids=np.ascontiguousarray(token_ids, dtype=np.int64),
+            positions=order,
+            cu_seqlens=np.array([0, count], dtype=np.int32),
+            past_lens=np.zeros(1, dtype=np.int32),
+            block_table=np.arange(num_blocks, dtype=np.int32)[None, :],
+            slot_mapping=order.astype(np.int32),
+            logits_rows=order.astype(np.int32),
+        )
+        greedy = SamplingInput(
+            temperature=np.zeros(count, dtype=np.float32),
+            top_k=np.zeros(count, dtype=np.int32),
+            top_p=np.ones(count, dtype=np.float32),
+            min_p=np.zeros(count, dtype=np.float32),
+            seed=np.zeros(count, dtype=np.int64),
+            position=order + 1,
+        )
+        return self._backend.forward(batch, greedy).logits.copy()
 
 
 @contextmanager
 def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest) -> Iterator[ArtifactLogits]:
     """Open an artifact that is not in the store yet, small, for as long as its parity is measured."""
     limits = step_limits(settings)
-    few_blocks = bytes_per_block(manifest) * 64
-    small = StepLimits(max_batch_tokens=256, max_batch_seqs=4, kv_memory_bytes=few_blocks, threads=limits.threads)
+    few_blocks = bytes_per_block(manifest) * (PARITY_TOKENS // manifest.kv_cache.block_size + 1)
+    small = StepLimits(PARITY_TOKENS, PARITY_TOKENS, kv_memory_bytes=few_blocks, threads=limits.threads)
     backend = OnnxRuntimeBackend(directory, manifest, small)
     try:
         yield ArtifactLogits(backend)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from model_store.manifest import ModelManifest
 from model_store.store import Store
-from services.loading import ArtifactLogits, artifact_logits, find_model
+from services.loading import artifact_logits, find_model
 from services.settings import Settings
 from wire.errors import UnknownModel
 
@@ -22,10 +21,13 @@ SHIPPED_SCHEME = "w8a8"
 SHIPPED_DIRECTORY = Path(__file__).resolve().parents[1] / "models" / SHIPPED_NAME
 
 
-def import_directory(settings: Settings, directory: str, name: str, scheme: str, *, as_json: bool) -> int:
+def import_directory(
+    settings: Settings, directory: str, name: str, scheme: str, *, parity_bound: float | None, as_json: bool
+) -> int:
     """Import a checkpoint, showing progress on standard error; prints the manifest's summary."""
     start = time.perf_counter()
-    manifest = _import(settings, Path(directory).expanduser(), name, scheme, is_quiet=as_json)
+    source = Path(directory).expanduser()
+    manifest = _import(settings, source, name, scheme, parity_bound=parity_bound, is_quiet=as_json)
     elapsed_s = time.perf_counter() - start
     if as_json:
         print(msgspec.json.encode(manifest).decode())
@@ -90,13 +92,16 @@ def remove(settings: Settings, name: str, *, as_json: bool) -> int:
     return 0
 
 
-def _import(settings: Settings, directory: Path, name: str, scheme: str, *, is_quiet: bool) -> ModelManifest:
+def _import(
+    settings: Settings,
+    directory: Path,
+    name: str,
+    scheme: str,
+    *,
+    parity_bound: float | None = None,
+    is_quiet: bool,
+) -> ModelManifest:
     from model_store.importing import import_model  # brings onnx; only imports need it
-
-    @contextmanager
-    def candidate(artifact: Path, manifest: ModelManifest) -> Iterator[ArtifactLogits]:
-        with artifact_logits(settings, artifact, manifest) as logits:
-            yield logits
 
     def progress(text: str, done: int, total: int) -> None:
         if not is_quiet:
@@ -104,7 +109,13 @@ def _import(settings: Settings, directory: Path, name: str, scheme: str, *, is_q
             print(f"\r{text:<28} {done:>5}/{total}", end=end, file=sys.stderr, flush=True)
 
     return import_model(
-        directory, Store(settings.store), name=name, scheme=scheme, candidate_factory=candidate, progress=progress
+        directory,
+        Store(settings.store),
+        name=name,
+        scheme=scheme,
+        candidate_factory=partial(artifact_logits, settings),
+        progress=progress,
+        parity_bound=parity_bound,
     )
 
 

@@ -9,12 +9,12 @@ EXTRAS_TEST := $(EXTRAS_SERVE),test
 .PHONY: serve test check parity golden bench clean
 
 serve: $(VENV)/.serve
-	@$(BIN)/python -m kernels.build --quiet
+	@$(BIN)/python -m kernels.build >/dev/null
 	@# One thread for numpy's matrix products (the shipped model's import): two would fight with ours on a busy machine.
 	@OPENBLAS_NUM_THREADS=1 MILLRACE_PORT=$(PORT) $(BIN)/millrace up
 
 test: $(VENV)/.test
-	@$(BIN)/python -m kernels.build --quiet
+	@$(BIN)/python -m kernels.build >/dev/null
 	$(BIN)/python -m pytest -q -m "not torch" $(PYTEST_ARGS)
 
 check: $(VENV)/.check
@@ -23,7 +23,7 @@ check: $(VENV)/.check
 	$(BIN)/lint-imports --no-cache
 
 parity: $(VENV)/.parity
-	@$(BIN)/python -m kernels.build --quiet
+	@$(BIN)/python -m kernels.build >/dev/null
 	$(BIN)/python -m pytest -q -m torch tests/parity
 
 # One stamp for each set of packages, so that a second run starts at once and a changed pyproject.toml installs again.

@@ -103,20 +103,27 @@ def _import(
 ) -> ModelManifest:
     from model_store.importing import import_model  # brings onnx; only imports need it
 
-    def progress(text: str, done: int, total: int) -> None:
-        if not is_quiet:
-            end = "\n" if done >= total else ""
-            print(f"\r{text:<28} {done:>5}/{total}", end=end, file=sys.stderr, flush=True)
+    is_line_open = False
 
-    return import_model(
-        directory,
-        Store(settings.store),
-        name=name,
-        scheme=scheme,
-        candidate_factory=partial(artifact_logits, settings),
-        progress=progress,
-        parity_bound=parity_bound,
-    )
+    def progress(text: str, done: int, total: int) -> None:
+        nonlocal is_line_open
+        if not is_quiet:
+            is_line_open = done < total
+            print(f"\r{text:<28} {done:>5}/{total}", end="" if is_line_open else "\n", file=sys.stderr, flush=True)
+
+    try:
+        return import_model(
+            directory,
+            Store(settings.store),
+            name=name,
+            scheme=scheme,
+            candidate_factory=partial(artifact_logits, settings),
+            progress=progress,
+            parity_bound=parity_bound,
+        )
+    finally:
+        if is_line_open:
+            print(file=sys.stderr)  # an error's words begin a line of their own
 
 
 def _summary(manifest: ModelManifest) -> dict[str, object]:

@@ -103,18 +103,12 @@ def _count(text: str) -> str:
         return ", ".join(str(number) for number in range(start, stop + step, step))
     if "items" in text:
         return str(len(_list_in(text)))
-    asked = re.search(r"does (\w+) appear|the word (\w+) in", text)
-    if asked is None:
-        raise ValueError(f"cannot read {text!r}")
-    return str(_tail(text).split().count(asked[1] or asked[2]))
+    raise ValueError(f"cannot read {text!r}")
 
 
 def _pick(text: str) -> str:
     items = _tail(text).split(", ")
     question = text.split(": ", 1)[0]
-    near = re.search(r"comes (after|before) (\w+)", question)
-    if near:
-        return items[items.index(near[2]) + (1 if near[1] == "after" else -1)]
     if "last" in question:
         return items[-1]
     return items[next(i for i, ordinal in enumerate(ORDINALS) if ordinal in question)]
@@ -163,32 +157,35 @@ def _facts(text: str) -> str:
     return next(answer for word, answer in table if word in words)
 
 
+READING = (
+    # question, text, answer; {q} is what the question's own group found
+    (r"Who went with (\w+)\?", r"{q} went to the \w+ with (\w+)\.", "{}"),
+    (r"What did (\w+) find\?", r"{q} found (a \w+ \w+) there", "{}"),
+    (r"Where did (\w+) go\?", r"{q} went (to the \w+)", "{}"),
+    (r"What colour was the (\w+)\?", r"found a (\w+) {q}", "{}"),
+    (r"How old is (\w+)\?", r"{q} is (\d+) years old", "{}"),
+    (r"What pet does (\w+) have\?", r"{q} is .*has a pet (\w+)", "a {}"),
+    (r"Which colour does (\w+) like\?", r"{q} likes the colour (\w+)", "{}"),
+    (r"Who gave the (\w+)\?", r"(\w+) gave a {q}", "{}"),
+    (r"Who got the (\w+)\?", r"a {q} to (\w+)", "{}"),
+    (r"Which (day) was it\?", r"On (\w+day) ", "{}"),
+    (r"What did (\w+) get\?", r"(a \w+) to {q}\.", "{}"),
+    (r"Where did they (meet)\?", r"They met ([a-z ]+)\.", "{}"),
+    (r"Which animal was (hungry)\?", r"The (\w+) was {q}", "the {}"),
+    (r"How many (\w+) did it eat\?", r"ate (\d) {q}", "{}"),
+    (r"Where did the (\w+) eat\?", r"ate \d \w+ ([a-z ]+) and fell", "{}"),
+    (r"What did it (eat)\?", r"ate \d (\w+) ", "{}"),
+)
+
+
 def _reading(text: str) -> str:
-    *_, question = re.split(r"(?<=[.:])\s", text)
-    has = re.findall(r"(\w+) has a (\w+) (\w+)\.", text)
-    if has:
-        asked = re.findall(r"\w+", question)
-        name, colour, thing = next(fact for fact in has if fact[0] in asked or fact[2] in asked)
-        if "What does" in question:
-            return f"a {colour} {thing}"
-        return str(name if question.startswith("Who") else colour)
-    stays = re.findall(r"The (\w+) is ([a-z ]+)\.", text)
-    if stays:
-        animal, place = next(fact for fact in stays if fact[0] in question or fact[1] in question)
-        return place if question.startswith("Where") else f"the {animal}"
-    if "now?" in question:
-        last = re.findall(rf"{question.split()[2]} went to the (\w+)\.", text)[-1]
-        return f"{'in' if last in ('park', 'forest', 'garden', 'library') else 'at'} the {last}"
-    trip = re.search(r"went to the (\w+) with (\w+)\. \w+ found a (\w+) (\w+)", text)
-    if trip is None:
-        raise ValueError(f"cannot read {text!r}")
-    answers = {
-        "Who went": trip[2],
-        "What did": f"a {trip[3]} {trip[4]}",
-        "Where did": f"to the {trip[1]}",
-        "What colour": trip[3],
-    }
-    return next(answer for start, answer in answers.items() if question.startswith(start))
+    for question, passage, answer in READING:
+        asked = re.search(question, text)
+        if asked:
+            found = re.search(passage.replace("{q}", asked[1]), text)
+            if found:
+                return answer.format(found[1])
+    raise ValueError(f"cannot read {text!r}")
 
 
 def _memory(messages: Messages) -> str:

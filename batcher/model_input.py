@@ -22,29 +22,31 @@ def pack(plan: StepPlan, hold: Reservation, block_size: int) -> tuple[ModelInput
     """The arrays of a plan with at least one sequence; `hold` carries the blocks its tables do not have yet."""
     sequences = plan.sequences
     # Gathered in machine arrays, not in numpy: most sequences add one token, and a numpy call each would cost more.
-    token_ids, positions, bounds = array("q"), array("q"), [0]
+    token_ids, positions, counts, bounds = array("q"), array("q"), list[int](), [0]
     for s in sequences:
         token_ids.extend(s.request.token_ids[s.start : s.end])
         positions.extend(range(s.start, s.end))
+        counts.append(s.end - s.start)
         bounds.append(len(positions))
     block_table = _block_table(plan, hold)
+    packed_positions = np.frombuffer(positions, np.int64)
     batch = ModelInput(
         input_ids=np.frombuffer(token_ids, np.int64),
-        positions=np.frombuffer(positions, np.int64),
+        positions=packed_positions,
         cu_seqlens=np.array(bounds, np.int32),
         past_lens=np.array([s.start for s in sequences], np.int32),
         block_table=block_table,
-        slot_mapping=_slots(block_table, np.frombuffer(positions, np.int64), bounds, block_size),
+        slot_mapping=_slots(block_table, packed_positions, counts, block_size),
         logits_rows=np.array([end - 1 for s, end in zip(sequences, bounds[1:], strict=True) if s.samples], np.int32),
     )
     return batch, _sampling([s.request for s in sequences if s.samples])
 
 
 def _slots(
-    block_table: NDArray[np.int32], positions: NDArray[np.int64], bounds: list[int], block_size: int
+    block_table: NDArray[np.int32], positions: NDArray[np.int64], counts: list[int], block_size: int
 ) -> NDArray[np.int32]:
     """[T] where each token's keys and values go."""
-    rows = np.arange(len(block_table)).repeat(np.diff(bounds))  # [T] which sequence a token belongs to
+    rows = np.arange(len(block_table)).repeat(counts)  # [T] which sequence a token belongs to
     blocks, offsets = np.divmod(positions, block_size)
     return (block_table[rows, blocks] * block_size + offsets).astype(np.int32)
 

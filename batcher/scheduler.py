@@ -2,8 +2,8 @@
 
 Both lists are sorted by Request.order (priority, then arrival). Promises:
 
-- The first running request gets a token in every step: it may take the blocks of everybody after it, and alone it fits
-  (policy.refusal). So everybody finishes, and nobody preempts itself.
+- The first in order computes a token in every step: among the running it may take the blocks of everybody after it, and
+  alone it fits (policy.refusal). So everybody finishes, and nobody preempts itself.
 - A waiting request starts only when all its known tokens fit beside all that run, with one spare block for each of
   those, so a start is not undone in the next step. Nobody overtakes the first waiting request, however small it is.
 - A preempted request keeps its tokens and its place in the order, loses its blocks and is computed again.

@@ -11,18 +11,18 @@ from starlette.exceptions import HTTPException
 
 from gateway.admission import Admission
 from gateway.edge import Edge
-from gateway.generate import generate_routes
+from gateway.generate import add_generate_routes
 from gateway.ledger import Ledger
 from gateway.limits import GatewayLimits
 from gateway.models import Models
 from gateway.openapi import Json, describe
-from gateway.probes import Health, probe_routes
+from gateway.probes import Health, add_probe_routes
 from gateway.problems import exception_handler
 from gateway.prompts import Prompts
 from gateway.room import Room
 from gateway.telemetry import NoTelemetry, Telemetry
-from gateway.tokenization import tokenize_routes
-from gateway.websocket import socket_routes
+from gateway.tokenization import add_tokenizer_routes
+from gateway.websocket import add_socket_route
 from wire.errors import MillraceError
 from wire.queue import Queue
 
@@ -60,13 +60,10 @@ def create_app(
 
     # docs_url, redoc_url: those pages load scripts from other people's servers.
     app = FastAPI(title="Millrace", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (
-        generate_routes(room),
-        socket_routes(room),
-        tokenize_routes(room),
-        probe_routes(health, models, version),
-    ):
-        app.include_router(router)
+    add_generate_routes(app, room)
+    add_socket_route(app, room)
+    add_tokenizer_routes(app, room)
+    add_probe_routes(app, health, models, version)
     for error in (MillraceError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, exception_handler(telemetry))
     app.add_middleware(Edge, limits=limits, telemetry=telemetry)

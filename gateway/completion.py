@@ -120,8 +120,8 @@ def _end(ledger: Ledger, ticket: Ticket, completion: Completion, last: Finished 
         completion_tokens=completion.next_index,
         cached_tokens=last.usage.cached_tokens if last else 0,
     )
-    ledger.finished(ticket, reason, usage, last.timings if last else None)
     worker = last.timings if last else None
+    ledger.finished(ticket, reason, usage, worker)
     return End(
         index=completion.next_index,
         text=completion.tail(),
@@ -129,9 +129,9 @@ def _end(ledger: Ledger, ticket: Ticket, completion: Completion, last: Finished 
         finish_reason=reason,
         usage=usage,
         timings=Timings(
-            queue_ms=worker.queue_ms if worker else 0.0,
-            prefill_ms=worker.prefill_ms if worker else 0.0,
-            decode_ms=worker.decode_ms if worker else 0.0,
+            queue_ms=round(worker.queue_ms, 3) if worker else 0.0,
+            prefill_ms=round(worker.prefill_ms, 3) if worker else 0.0,
+            decode_ms=round(worker.decode_ms, 3) if worker else 0.0,
             ttft_ms=None if ticket.ttft_s is None else round(ticket.ttft_s * 1e3, 3),
             total_ms=round((time.perf_counter() - ticket.arrived_at) * 1e3, 3),
         ),

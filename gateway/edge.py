@@ -1,12 +1,13 @@
 """What happens to every connection before any route sees it: pure ASGI, one object.
 
-Gives each request an id, counts its body as it arrives, and refuses what no route should have to think about:
-compressed bodies, malformed or foreign Host headers, web pages that may not open sockets. It is also the last
-`except` of a request.
+Gives each request an id, counts its body as it arrives (bytes and time), and refuses what no route should have to
+think about: compressed bodies, malformed or foreign Host headers, web pages that may not open sockets. It is also
+the last `except` of a request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -25,10 +26,12 @@ from wire.errors import BadRequest, MillraceError, RequestTooLarge
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED: Final = 499  # nginx's word for a request whose client has left
+DISCARD_BYTES: Final = 16 << 20  # of a body that is refused
+DISCARD_S: Final = 2.0
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _METHODS: Final = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
-_WANTED: Final = frozenset((b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding"))
+_WANTED: Final = frozenset((b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding", b"expect"))
 
 
 class Edge:
@@ -50,7 +53,7 @@ class Edge:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers, twice = _headers(scope["headers"])
-        exchange = _Exchange(_request_id(headers), receive, send, self._limits.max_body_bytes)
+        exchange = _Exchange(_request_id(headers), receive, send, self._limits)
         scope[REQUEST_ID] = exchange.request_id
         try:
             self._check_host(headers, twice)
@@ -104,21 +107,34 @@ class Edge:
 class _Exchange:
     """One HTTP request and its response, as they pass through."""
 
-    __slots__ = ("_body_bytes", "_is_too_large", "_max_body_bytes", "_receive", "_send", "request_id", "status")
+    __slots__ = (
+        "_body_bytes",
+        "_has_body",
+        "_is_refused",
+        "_limits",
+        "_may_discard",
+        "_receive",
+        "_send",
+        "request_id",
+        "status",
+    )
 
-    def __init__(self, request_id: str, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(self, request_id: str, receive: Receive, send: Send, limits: GatewayLimits) -> None:
         self.request_id = request_id
         self.status: int | None = None
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._body_bytes = 0
-        self._is_too_large = False
+        self._has_body = False  # all of it
+        self._is_refused = False
+        self._may_discard = True
 
     def check_headers(self, headers: dict[bytes, bytes]) -> None:
         encoding = headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":
             raise BadRequest("compressed bodies are not accepted", param="Content-Encoding")
+        self._may_discard = b"expect" not in headers  # such a client waits to be told that it may send
         length = headers.get(b"content-length")
         if length is None:
             return
@@ -127,25 +143,50 @@ class _Exchange:
         self._check_size(int(length))
 
     async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._body_bytes += len(message.get("body", b""))
-            self._check_size(self._body_bytes)
+        """The next message, while the body is within its size and its time."""
+        if self._has_body:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._limits.max_body_s):
+                message = await self._receive()
+        except TimeoutError:
+            self._may_discard = False
+            raise self._refusal(BadRequest(f"the body did not arrive within {self._limits.max_body_s:g} s")) from None
+        self._note(message)
+        self._check_size(self._body_bytes)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own = [(b"x-request-id", self.request_id.encode())]
-            if self._is_too_large:
-                own.append((b"connection", b"close"))  # the rest of the body is not worth reading
+            if self._is_refused and not await self._has_discarded_the_rest():
+                own.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", ()), *own]}
         await self._send(message)
 
+    def _note(self, message: Message) -> None:
+        self._body_bytes += len(message.get("body", b""))
+        self._has_body = message["type"] == "http.disconnect" or not message.get("more_body", False)
+
     def _check_size(self, size: int) -> None:
-        if size > self._max_body_bytes:
-            self._is_too_large = True
-            raise RequestTooLarge(f"the body has more than {self._max_body_bytes:,} bytes, the limit of this server")
+        if size > (limit := self._limits.max_body_bytes):
+            raise self._refusal(RequestTooLarge(f"the body has more than {limit:,} bytes, the limit of this server"))
+
+    def _refusal(self, error: MillraceError) -> MillraceError:
+        self._is_refused = True
+        return error
+
+    async def _has_discarded_the_rest(self) -> bool:
+        """Take in what the client is still sending, within reason: closing now would reset the connection, and many
+        clients would then never see the answer."""
+        try:
+            async with asyncio.timeout(DISCARD_S):
+                while self._may_discard and not self._has_body and self._body_bytes < DISCARD_BYTES:
+                    self._note(await self._receive())
+        except TimeoutError:
+            pass
+        return self._has_body
 
 
 def _headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], set[bytes]]:

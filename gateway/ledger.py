@@ -128,8 +128,8 @@ class Ledger:
     async def cancel(self, ticket: Ticket) -> None:
         """Ask the queue to stop the request; what has ended stays as it is."""
         if not ticket.is_cancelled and ticket.finish_reason is None:
-            ticket.is_cancelled = True
             await self.queue.cancel(ticket.id)
+            ticket.is_cancelled = True  # only now: if the queue did not hear it, the end of the grace tries again
 
     async def close(self) -> None:
         """Cancel whatever still runs for this gateway's clients."""

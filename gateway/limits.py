@@ -14,6 +14,7 @@ class GatewayLimits:
     """Bounds on requests, streams and sockets. All numbers are positive, unless 0 is given a meaning."""
 
     max_body_bytes: int = 1 << 20  # of an HTTP request, counted as it arrives
+    max_body_s: float = 30.0  # from its first byte to its last
     max_messages: int = 512  # in one conversation
     max_stop_strings: int = 8
     max_stop_bytes: int = 64  # UTF-8 bytes of one stop string

@@ -5,17 +5,20 @@ Liveness and readiness are facts of the whole process, so the composition root a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 import msgspec
-from fastapi import APIRouter
+from fastapi import FastAPI
 from starlette.responses import Response
 
 from gateway.answers import Status, Version
 from gateway.models import Models
+from gateway.openapi import error_responses, json_answer
 from wire.errors import Unavailable
 from wire.messages import WIRE_VERSION
+
+Endpoint = Callable[[], Coroutine[None, None, Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +35,25 @@ def json_response(answer: msgspec.Struct, status_code: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status_code=status_code, media_type="application/json")
 
 
-def probe_routes(health: Callable[[], Health], models: Models, version: str) -> APIRouter:
-    router = APIRouter(tags=["operations"])
+def add_probe_routes(app: FastAPI, health: Callable[[], Health], models: Models, version: str) -> None:
     about = Version("millrace", version, WIRE_VERSION, [model.model_id for model in models.served])
 
-    @router.get("/livez", summary="Is the process making progress?")
+    def probe(path: str, summary: str, answer: type[msgspec.Struct]) -> Callable[[Endpoint], Endpoint]:
+        responses = {200: json_answer(answer), **error_responses()}
+        return app.get(path, summary=summary, tags=["operations"], response_class=Response, responses=responses)
+
+    @probe("/livez", "Is the process making progress?", Status)
     async def livez() -> Response:
         if not (now := health()).is_live:
             raise Unavailable(now.reason or "not live")
         return json_response(Status("live"))
 
-    @router.get("/readyz", summary="May requests be sent here?")
+    @probe("/readyz", "May requests be sent here?", Status)
     async def readyz() -> Response:
         if not (now := health()).is_ready:
             raise Unavailable(now.reason or "not ready")
         return json_response(Status("ready"))
 
-    @router.get("/version", summary="What is running")
+    @probe("/version", "What is running", Version)
     async def read_version() -> Response:
         return json_response(about)
-
-    return router

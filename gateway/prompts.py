@@ -7,16 +7,20 @@ of threads, so that a megabyte of text neither stops other streams nor takes eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
+from gateway.chat import ChatTemplate
 from gateway.limits import GatewayLimits
 from gateway.models import ServedModel
-from gateway.schemas import PromptBody
+from gateway.schemas import ChatMessage, PromptBody
 from wire.errors import BadRequest, ContextLengthExceeded
 
 Result = TypeVar("Result")
+
+MARK: Final = "\ue000"  # private use: means nothing to a template
 
 
 class Prompts:
@@ -63,10 +67,34 @@ class Prompts:
             )
         if model.chat is None:
             raise BadRequest(f"model {model.model_id} has no chat template; send prompt or input_ids", param="messages")
-        text = model.chat.render([{"role": m.role, "content": m.content} for m in messages])
+        contents = [message.content for message in messages]
+        if any(map(model.tokenizer.spells_special_token, contents)):
+            self._check_length("".join(contents), model)
+            return self._encode_contents_as_text(messages, model, model.chat)
+        text = model.chat.render([{"role": message.role, "content": message.content} for message in messages])
         return self._encode_text(text, model, add_special_tokens=False)  # the template writes them out
 
+    def _encode_contents_as_text(
+        self, messages: Sequence[ChatMessage], model: ServedModel, chat: ChatTemplate
+    ) -> list[int]:
+        """What a message says is text: if it spells <|end|>, it must not end a turn and speak for somebody else.
+
+        Rare, so it may cost more: the template is rendered around marks, and each content encoded by itself.
+        """
+        marked = [{"role": message.role, "content": f"{MARK}{i}{MARK}"} for i, message in enumerate(messages)]
+        ids: list[int] = []
+        for at, part in enumerate(re.split(f"{MARK}([0-9]+){MARK}", chat.render(marked))):
+            if at % 2 == 0:
+                ids += self._encode_text(part, model, add_special_tokens=False)
+            else:
+                ids += model.tokenizer.encode_as_text(messages[int(part)].content)
+        return ids
+
     def _encode_text(self, text: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
+        self._check_length(text, model)
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_length(self, text: str, model: ServedModel) -> None:
         at_least = model.tokenizer.min_tokens(text)
         if at_least >= model.max_model_len:
             over = at_least + 1 - model.max_model_len
@@ -74,7 +102,6 @@ class Prompts:
                 f"the prompt has at least {at_least:,} tokens; model {model.model_id} accepts {model.max_model_len:,} "
                 f"with the completion: at least {over:,} over",
             )
-        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def check_ids(token_ids: list[int], name: str, model: ServedModel) -> None:

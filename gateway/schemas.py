@@ -52,9 +52,9 @@ class _Strict(BaseModel):
 
 
 class ChatMessage(_Strict):
-    """One turn. Which roles exist is the chat template's business."""
+    """One turn. Which roles exist is the chat template's business; a role can never look like a template's own text."""
 
-    role: str = Field(min_length=1, max_length=32)
+    role: str = Field(min_length=1, max_length=32, pattern="^[A-Za-z0-9_-]*$")
     content: str
 
 
@@ -64,9 +64,9 @@ class PromptBody(_Strict):
     model: ModelName | None = Field(None, description="Name or name@revision; may be left out if only one is served.")
     prompt: str = Field("", description="Text to continue.")
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
-        [], min_length=1, description="A conversation, rendered by the model's chat template."
+        default_factory=list, min_length=1, description="A conversation, rendered by the model's chat template."
     )
-    input_ids: TokenIds = Field([], min_length=1, description="Token ids to continue.")
+    input_ids: TokenIds = Field(default_factory=list, min_length=1, description="Token ids to continue.")
 
 
 class GenerateBody(PromptBody):
@@ -77,8 +77,10 @@ class GenerateBody(PromptBody):
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=0, lt=2**31, description="0 is no limit.")
     min_p: float = Field(0.0, ge=0.0, le=1.0)
-    stop: StopStrings = Field([], description="The text ends before the first of these.")
-    stop_token_ids: TokenIds = Field([], description="End the completion, besides the model's own end tokens.")
+    stop: StopStrings = Field(default_factory=list, description="The text ends before the first of these.")
+    stop_token_ids: TokenIds = Field(
+        default_factory=list, description="End the completion, besides the model's own end tokens."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Drawn, and reported, when left out.")
     min_tokens: int = Field(0, ge=0, lt=2**31, description="Nothing ends the completion before this many tokens.")
     ignore_eos: bool = Field(False, description="The model's own end tokens do not end the completion.")
@@ -167,6 +169,7 @@ _MESSAGES: Final = {
     "string_type": "is {value}; it must be a string",
     "list_type": "is {value}; it must be an array",
     "model_type": "is {value}; it must be an object",
+    "string_pattern_mismatch": "is {value}; it must be a word",
     "string_too_short": "must have at least {min_length} character",
     "string_too_long": "must have at most {max_length} characters",
     "too_short": "must have at least {min_length} item",
@@ -195,7 +198,7 @@ def shown(value: object) -> str:
         return "an array"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
 
 

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Final
+
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.answers import DetokenizeAnswer, TokenizeAnswer
-from gateway.generate import LeanRoute, read_object
-from gateway.openapi import body_of, error_responses, json_answer
+from gateway.lean import add_lean_route, read_object
+from gateway.openapi import json_answer
 from gateway.probes import json_response
 from gateway.prompts import check_ids
 from gateway.room import Room
 from gateway.schemas import DetokenizeBody, TokenizeBody, parse
 
+TAG: Final = "tokens"
 
-def tokenize_routes(room: Room) -> APIRouter:
-    router = APIRouter(tags=["tokens"], responses=error_responses(), route_class=LeanRoute)
 
-    @router.post(
-        "/tokenize",
-        summary="The token ids of a prompt or a conversation",
-        responses={200: json_answer(TokenizeAnswer)},
-        openapi_extra=body_of(TokenizeBody),
-    )
+def add_tokenizer_routes(app: FastAPI, room: Room) -> None:
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeBody, await read_object(request))
         model = room.models.resolve(body.model)
         ids = await room.prompts.ids(body, model)
         return json_response(TokenizeAnswer(model.model_id, ids, len(ids), model.max_model_len))
 
-    @router.post(
-        "/detokenize",
-        summary="The text of token ids",
-        responses={200: json_answer(DetokenizeAnswer)},
-        openapi_extra=body_of(DetokenizeBody),
-    )
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeBody, await read_object(request))
         model = room.models.resolve(body.model)
@@ -44,4 +34,21 @@ def tokenize_routes(room: Room) -> APIRouter:
         text = await room.prompts.apart(len(ids), lambda: model.tokenizer.decode(ids, skip_special_tokens=False))
         return json_response(DetokenizeAnswer(model.model_id, text))
 
-    return router
+    add_lean_route(
+        app,
+        "/tokenize",
+        tokenize,
+        body=TokenizeBody,
+        answer=json_answer(TokenizeAnswer),
+        summary="The token ids of a prompt or a conversation",
+        tag=TAG,
+    )
+    add_lean_route(
+        app,
+        "/detokenize",
+        detokenize,
+        body=DetokenizeBody,
+        answer=json_answer(DetokenizeAnswer),
+        summary="The text of token ids",
+        tag=TAG,
+    )

@@ -15,7 +15,7 @@ from contextlib import aclosing, suppress
 from typing import ClassVar, Final
 
 import msgspec
-from fastapi import APIRouter, WebSocket
+from fastapi import FastAPI, WebSocket
 from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
@@ -211,11 +211,7 @@ def _done(frame_id: str, end: End) -> DoneFrame:
     return DoneFrame(frame_id, end.text, end.finish_reason, end.usage, end.timings, end.seed)
 
 
-def socket_routes(room: Room) -> APIRouter:
-    router = APIRouter()
-
-    @router.websocket("/generate/stream")
+def add_socket_route(app: FastAPI, room: Room) -> None:
+    @app.websocket("/generate/stream")
     async def generate_stream(websocket: WebSocket) -> None:
         await Conversation(room, websocket).run()
-
-    return router

@@ -126,18 +126,21 @@ class ScriptedBackend:
 
     def _logits(self, batch: ModelInput) -> NDArray[np.float32]:
         """[R, V]: 0, but for a few favoured tokens between 1 and 9; NaN for a poisoned sequence."""
-        vocab_size = np.uint64(self._limits.vocab_size)
         logits = np.zeros((len(batch.logits_rows), self._limits.vocab_size), np.float32)
+        contexts = np.zeros((len(logits), 1), np.uint64)
+        is_poisoned = np.zeros(len(logits), np.bool_)
         sequences = np.searchsorted(batch.cu_seqlens, batch.logits_rows, side="right") - 1
         lengths = batch.positions[batch.logits_rows] + 1
         for r, (sequence, length) in enumerate(zip(sequences.tolist(), lengths.tolist(), strict=True)):
             slots = self._slots(batch.block_table[sequence], length)
-            context = _mix(self._read(slots))
-            draws = _mix_all(np.arange(_FAVOURED, dtype=np.uint64) + np.uint64(context))
-            favoured = (draws % vocab_size).astype(np.int64)
-            logits[r, favoured] = 1.0 + 8.0 * (draws >> np.uint64(40)).astype(np.float32) / 2.0**24
-            if self._poison_token is not None and (self._tokens[slots] == self._poison_token).any():
-                logits[r] = np.nan
+            contexts[r] = _mix(self._read(slots))
+            if self._poison_token is not None:
+                is_poisoned[r] = (self._tokens[slots] == self._poison_token).any()
+        draws = _mix_all(np.add(contexts, np.arange(_FAVOURED, dtype=np.uint64)))  # [R, favoured]
+        favoured = (draws % np.uint64(self._limits.vocab_size)).astype(np.int64)
+        values = 1.0 + 8.0 * (draws >> np.uint64(40)).astype(np.float32) / 2.0**24
+        np.put_along_axis(logits, favoured, values, axis=1)
+        logits[is_poisoned] = np.nan
         return logits
 
 

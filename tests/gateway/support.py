@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import hypothesis
 import tokenizers
 import uvicorn
 from fastapi import FastAPI
@@ -34,6 +35,8 @@ MILLPOND = Path(__file__).parents[2] / "models" / "millpond"
 CONTEXT = 4_096
 EOS = 1
 PATIENCE_S = 10.0
+
+without_deadline = hypothesis.settings(deadline=None)  # a busy machine is not a finding
 
 VOCABULARY = tokenizers.Tokenizer.from_file(str(MILLPOND / "tokenizer.json")).get_vocab()
 TOKENIZER = Tokenizer.from_file(MILLPOND / "tokenizer.json")
@@ -323,3 +326,32 @@ def sse_events(transcript: str) -> list[SseEvent]:
         if "data" in fields:
             events.append(SseEvent(fields.get("id"), fields.get("event", "message"), json.loads(fields["data"])))
     return events
+
+
+async def whole(gateway: Rig, **body: object) -> dict[str, object]:
+    """POST /generate, not streamed."""
+    response = await gateway.client.post("/generate", json={"prompt": "Hello", **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, object] = response.json()
+    return answer
+
+
+async def stream(gateway: Rig, **body: object) -> tuple[str, str]:
+    """The generation id and the transcript."""
+    response = await gateway.client.post("/generate", json={"prompt": "Hello", "stream": True, **body})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8", response.headers["content-type"]
+    return response.headers["x-generation-id"], response.text
+
+
+def joined(events: list[SseEvent]) -> tuple[str, list[int]]:
+    """The text and the ids of a stream that begins at token 0."""
+    text = ""
+    token_ids: list[int] = []
+    for event in events:
+        ids = event.data["token_ids"]
+        assert isinstance(ids, list), event
+        assert event.data["index"] == len(token_ids), event
+        text += str(event.data["text"])
+        token_ids += ids
+    return text, token_ids

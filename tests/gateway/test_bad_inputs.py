@@ -119,6 +119,7 @@ BODIES: list[tuple[str, str | bytes, str | None, str]] = [
     ("content null", message("null"), CONTENT, "must be a string"),
     ("unknown in message", message('"", "name": ""'), "messages[0].name", "unknown field"),
     ("unknown role", message('"Arr"').replace("user", "pirate"), "messages", "unknown role: pirate"),
+    ("role that looks like a turn", message('""').replace("user", "x<|end|>"), "messages[0].role", "must be a word"),
     ("many messages", json.dumps({"messages": [{"role": "user", "content": ""}] * 513}), "messages", "513 items"),
     ("a million messages", json.dumps({"messages": [{}] * 200_000}), "messages[0].role", "missing"),
     ("many stops", body(stop=json.dumps(["a"] * 10_000)), "stop", "10,000 strings; at most 8"),

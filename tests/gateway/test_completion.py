@@ -13,7 +13,7 @@ from gateway.admission import Admitted
 from gateway.answers import Chunk
 from gateway.completion import Completion
 from gateway.ledger import Ticket
-from tests.gateway.support import TOKENIZER, ids_of, served_model, text_of
+from tests.gateway.support import TOKENIZER, ids_of, served_model, text_of, without_deadline
 from wire.errors import Internal
 from wire.messages import Generate, Tokens
 
@@ -46,11 +46,13 @@ def joined(completion: Completion, chunks: list[Chunk]) -> tuple[str, list[int]]
     return text, [token_id for chunk in chunks for token_id in chunk.token_ids]
 
 
+@without_deadline
 @given(some_ids, st.lists(st.integers(0, 40)))
 def test_without_stop_strings_the_text_is_the_whole_decode(token_ids: list[int], cuts: list[int]) -> None:
     assert joined(*read(ticket(), token_ids, cuts)) == (text_of(token_ids), token_ids)
 
 
+@without_deadline
 @given(some_ids, some_stops, st.integers(0, 10), st.lists(st.integers(0, 40)), st.lists(st.integers(0, 40)))
 def test_how_events_are_cut_does_not_matter(
     token_ids: list[int], stops: list[str], min_tokens: int, cuts: list[int], other_cuts: list[int]
@@ -59,6 +61,7 @@ def test_how_events_are_cut_does_not_matter(
     assert joined(*read(of, token_ids, cuts)) == joined(*read(of, token_ids, other_cuts))
 
 
+@without_deadline
 @given(some_ids, some_stops, st.integers(0, 45), st.lists(st.integers(0, 40)), st.lists(st.integers(0, 40)))
 def test_a_reader_that_resumes_gets_exactly_the_rest(
     token_ids: list[int], stops: list[str], start: int, cuts: list[int], other_cuts: list[int]
@@ -74,6 +77,7 @@ def test_a_reader_that_resumes_gets_exactly_the_rest(
         assert rest[-1].index + len(rest[-1].token_ids) == resumed.next_index
 
 
+@without_deadline
 @given(some_ids, st.lists(st.integers(0, 40)))
 def test_events_that_come_twice_change_nothing(token_ids: list[int], cuts: list[int]) -> None:
     completion = Completion(ticket(), 0)

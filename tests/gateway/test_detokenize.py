@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gateway.detokenize import REPLACEMENT, byte_level_alphabet
 from gateway.text import Tokenizer
-from tests.gateway.support import MILLPOND, TOKENIZER, VOCABULARY
+from tests.gateway.support import MILLPOND, TOKENIZER, VOCABULARY, without_deadline
 
 any_ids = st.lists(st.integers(0, 2_060), max_size=60)  # past the vocabulary's 2,048 too
 # Tokens of single bytes: most of their sequences are broken UTF-8.
@@ -26,16 +26,19 @@ def pieces_of(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [*map(detokenizer.push, token_ids), detokenizer.flush()]
 
 
+@without_deadline
 @given(any_ids)
 def test_pieces_joined_are_the_whole_decode(token_ids: list[int]) -> None:
     assert "".join(pieces_of(TOKENIZER, token_ids)) == TOKENIZER.decode(token_ids, skip_special_tokens=True)
 
 
+@without_deadline
 @given(byte_ids)
 def test_broken_utf8_is_replaced_as_in_the_whole_decode(token_ids: list[int]) -> None:
     assert "".join(pieces_of(TOKENIZER, token_ids)) == TOKENIZER.decode(token_ids, skip_special_tokens=True)
 
 
+@without_deadline
 @given(st.text(max_size=40).filter(lambda text: "<|" not in text))
 def test_valid_text_never_shows_a_replacement_character_on_the_way(text: str) -> None:
     pieces = pieces_of(TOKENIZER, TOKENIZER.encode(text, add_special_tokens=False))
@@ -81,6 +84,7 @@ def sentencepiece_like() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(document))
 
 
+@without_deadline
 @given(st.text(alphabet=st.sampled_from("abc thedukpon🦆üß日\n"), max_size=30))
 def test_a_sentencepiece_vocabulary_streams_the_whole_decode(text: str) -> None:
     tokenizer = Tokenizer(sentencepiece_like())
@@ -101,6 +105,7 @@ def test_a_file_that_is_no_tokenizer_is_a_value_error() -> None:
         Tokenizer.from_file(MILLPOND / "tokenizer_config.json")
 
 
+@without_deadline
 @given(st.text(max_size=200))
 def test_the_lower_bound_on_tokens_is_one(text: str) -> None:
     assert TOKENIZER.min_tokens(text) <= len(TOKENIZER.encode(text, add_special_tokens=False))

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.stop import StopMatcher
+from tests.gateway.support import without_deadline
 
 texts = st.text(alphabet="ab\n🦆", max_size=12)
 stop_lists = st.lists(st.text(alphabet="ab\n🦆", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@without_deadline
 @given(st.lists(texts, max_size=12), stop_lists)
 def test_the_text_ends_before_the_first_stop_string_that_a_piece_completes(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
@@ -27,6 +29,7 @@ def test_the_text_ends_before_the_first_stop_string_that_a_piece_completes(piece
     assert sent + matcher.flush() == seen
 
 
+@without_deadline
 @given(st.lists(texts, max_size=12), stop_lists)
 def test_only_what_may_become_a_stop_string_is_held_back(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)

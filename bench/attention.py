@@ -1,15 +1,16 @@
 """How close attention comes to the machine: `python -m bench.attention [--json]`.
 
-A graph holds many PagedAttention nodes, each with a layer of its own in one cache, so that keys and values come from memory as
-they do in a model whose weights have gone through the caches in between; ONNX Runtime runs it on its own threads. Beside each time
-stand the two limits, measured in the same minute. Rounds go through all cases in turn, so that a noisy second hurts every case
-alike; medians and the spread of the middle half are printed.
+A graph holds many PagedAttention nodes, each with a layer of its own in one cache, so that keys and values come from
+memory, as they do in a model whose weights have gone through the caches in between; ONNX Runtime runs it on its own
+threads. Beside each time stand the two limits, measured in the same minute. Rounds go through all cases in turn, so
+that a noisy second hurts every case alike; medians and the spread of the middle half are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -23,6 +24,8 @@ from onnx import helper
 
 from kernels.library import isa_active, isa_available, library_path, set_isa, threads
 from kernels.limits import Limits, measure_limits
+
+CacheType = type[np.float16] | type[np.float32]
 
 COLD_BYTES = 96 << 20  # keys and values of a graph's layers together: more than any cache here
 MAX_LAYERS = 400
@@ -86,15 +89,15 @@ class Result:
 class Runner:
     """A session, its cache and the inputs of one case."""
 
-    def __init__(self, shape: Shape, case: Case, dtype: type[np.float16] | type[np.float32], rng: np.random.Generator) -> None:
+    def __init__(self, shape: Shape, case: Case, dtype: CacheType, rng: np.random.Generator) -> None:
         blocks = -(-(case.past + case.new) // 16)
-        row = shape.kv_num_heads * 16 * shape.head_dim
         self.kv_bytes = 2 * case.keys_read * shape.kv_num_heads * shape.head_dim * np.dtype(dtype).itemsize
         self.layers = int(np.clip(COLD_BYTES // self.kv_bytes, 4, MAX_LAYERS))
         self.flops = 4 * case.keys_seen * shape.num_heads * shape.head_dim
         num_blocks = case.num_seqs * blocks
-        self._cache = np.empty((self.layers, 2, num_blocks, shape.kv_num_heads, 16 * shape.head_dim), dtype)
-        self._cache[:] = rng.standard_normal((2, num_blocks, row), dtype=np.float32).astype(dtype).reshape(self._cache.shape[1:])
+        one_layer = 2, num_blocks, shape.kv_num_heads, 16 * shape.head_dim
+        self._cache = aligned((self.layers, *one_layer), dtype)
+        self._cache[:] = rng.standard_normal(one_layer, dtype=np.float32).astype(dtype)
         model = build_graph(shape, self.layers, dtype)
         options = ort.SessionOptions()
         options.register_custom_ops_library(str(library_path()))
@@ -113,12 +116,20 @@ class Runner:
         return (time.perf_counter() - started) / self.layers
 
 
-def build_graph(shape: Shape, layers: int, dtype: type[np.float16] | type[np.float32]) -> onnx.ModelProto:
+def aligned(shape: tuple[int, ...], dtype: CacheType) -> NDArray[np.generic]:
+    """An array that starts where a line does, as the server's cache does: a block of keys then shares no line."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def build_graph(shape: Shape, layers: int, dtype: CacheType) -> onnx.ModelProto:
     """Nodes that read the same projections, each with the next layer of the cache."""
     floats, half = onnx.TensorProto.FLOAT, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     i32, i64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
-    types = {"qkv": (floats, 2), "kv_cache": (half, 5), "positions": (i64, 1), "cu_seqlens": (i32, 1), "past_lens": (i32, 1)}
-    types |= {"block_table": (i32, 2), "slot_mapping": (i32, 1), "cos_sin": (floats, 2)}
+    types = {"qkv": (floats, 2), "kv_cache": (half, 5), "positions": (i64, 1), "cu_seqlens": (i32, 1)}
+    types |= {"past_lens": (i32, 1), "block_table": (i32, 2), "slot_mapping": (i32, 1), "cos_sin": (floats, 2)}
     inputs = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, (kind, rank) in types.items()]
     outputs = [helper.make_tensor_value_info(f"y{layer}", floats, [None, None]) for layer in range(layers)]
     heads = {"num_heads": shape.num_heads, "kv_num_heads": shape.kv_num_heads, "scale": shape.head_dim**-0.5}
@@ -147,9 +158,7 @@ def step_inputs(shape: Shape, case: Case, blocks: int, rng: np.random.Generator)
     }
 
 
-def measure(
-    shape: Shape, cases: tuple[Case, ...], dtype: type[np.float16] | type[np.float32], rounds: int, limits: Limits
-) -> list[Result]:
+def measure(shape: Shape, cases: tuple[Case, ...], dtype: CacheType, rounds: int, limits: Limits) -> list[Result]:
     """Time every case of a shape, `rounds` times in turn."""
     rng = np.random.default_rng(0)
     runners = [Runner(shape, case, dtype, rng) for case in cases]
@@ -180,12 +189,16 @@ def summarize(shape: Shape, case: Case, runner: Runner, seconds: list[float], li
 
 def print_table(limits: Limits, results: list[Result]) -> None:
     """The results for people."""
-    print(f"kernels {isa_active()}, {threads()} threads; float peak {limits.f32_ops_per_s / 1e9:,.0f} GFLOP/s, "
-          f"reading {limits.read_bytes_per_s / 1e9:.1f} GB/s")
+    print(
+        f"kernels {isa_active()}, {threads()} threads; float peak {limits.f32_ops_per_s / 1e9:,.0f} GFLOP/s, "
+        f"reading {limits.read_bytes_per_s / 1e9:.1f} GB/s"
+    )
     print(f"{'heads':<22}{'step':<30}{'us':>10}{'spread':>8}{'GB/s':>8}{'of read':>9}{'GFLOP/s':>9}{'of peak':>9}")
     for r in results:
-        print(f"{r.shape:<22}{r.case:<30}{r.median_us:>10.1f}{r.spread_percent:>7.0f}%{r.gb_s:>8.1f}{r.read_share:>9.0%}"
-              f"{r.gflop_s:>9.1f}{r.peak_share:>9.0%}")
+        print(
+            f"{r.shape:<22}{r.case:<30}{r.median_us:>10.1f}{r.spread_percent:>7.0f}%{r.gb_s:>8.1f}{r.read_share:>9.0%}"
+            f"{r.gflop_s:>9.1f}{r.peak_share:>9.0%}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     limits = measure_limits(threads())
     results = [r for shape in SHAPES[: options.shapes] for r in measure(shape, CASES, dtype, options.rounds, limits)]
     if options.json:
-        json.dump({"limits": asdict(limits), "form": isa_active(), "results": [asdict(r) for r in results]}, sys.stdout, indent=1)
+        report = {"limits": asdict(limits), "form": isa_active(), "results": [asdict(r) for r in results]}
+        json.dump(report, sys.stdout, indent=1)
         print()
     else:
         print_table(limits, results)

@@ -1,9 +1,10 @@
 """How close the linear operators come to the machine: `python -m bench.kernels [--json]`.
 
-Runs graphs of one operator many times over, each copy with weights of its own, in ONNX Runtime on its own threads: so weights
-come from memory, as they do in a model, and the runtime's cost of starting a node is counted. Beside each time stand the two
-limits, measured in the same minute: multiply-adds of a loop over registers, and reading memory in order. Rounds go through all
-cases in turn, so that a noisy second hurts every case alike; medians and the spread of the middle are printed.
+Runs graphs of one operator many times over, each copy with weights of its own, in ONNX Runtime on its own threads: so
+weights come from memory, as they do in a model, and the runtime's cost of starting a node is counted. Beside each
+time stand the two limits, measured in the same minute: multiply-adds of a loop over registers, and reading memory in
+order. Rounds go through all cases in turn, so that a noisy second hurts every case alike; medians and the spread of
+the middle are printed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -26,14 +28,14 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from kernels.library import isa_active, isa_available, library_path, load, set_isa
-from model_store.packing import column_sums, num_blocks, pack_float, pack_int8
+from model_store.packing import num_blocks
 
 COLD_BYTES = 96 << 20  # weights of a graph's copies together: more than any cache here
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer: K inputs, `columns` columns of weights (gate and up counted both), the operator and its activation."""
+    """A linear layer: K inputs, `columns` columns of weights (gate and up both counted), operator and activation."""
 
     operator: str
     inputs: int
@@ -132,41 +134,46 @@ def measure_limits(num_threads: int) -> Limits:
 
 def open_session(layer: Layer, rng: np.random.Generator) -> ort.InferenceSession:
     """A graph of the layer's copies: all read x, each adds its result to the one before (the residual input)."""
-    weights, nodes = [], []
-    operands = ["scale", "colsum", "", ""] if layer.operator == "QLinear" else ["", ""]
-    for copy in range(layer.copies):
-        name, previous = f"w{copy}", f"y{copy - 1}" if copy else ""
-        weights.append(numpy_helper.from_array(random_weight(layer, rng), name))
-        names = ["x", name, *operands, previous]
-        nodes.append(
-            helper.make_node(
-                layer.operator,
-                names if previous else names[:-3],
-                [f"y{copy}"],
-                domain="millrace",
-                N=layer.outputs,
-                activation=layer.activation,
-            )
-        )
+    weights = [numpy_helper.from_array(weight, f"w{copy}") for copy, weight in enumerate(random_weights(layer, rng))]
     if layer.operator == "QLinear":
-        first = numpy_helper.to_array(weights[0])
-        weights.append(numpy_helper.from_array(np.full(num_blocks(layer.columns) * 64, 1e-4, np.float32), "scale"))
-        weights.append(numpy_helper.from_array(column_sums(first), "colsum"))
+        columns = 64 * num_blocks(layer.columns)
+        weights.append(numpy_helper.from_array(np.full(columns, 1e-4, np.float32), "scale"))
+        weights.append(numpy_helper.from_array(np.zeros(columns, np.int32), "colsum"))
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["T", layer.inputs])
     y = helper.make_tensor_value_info(f"y{layer.copies - 1}", onnx.TensorProto.FLOAT, ["T", layer.outputs])
-    graph = helper.make_graph(nodes, "copies", [x], [y], weights)
+    nodes = [make_node(layer, copy) for copy in range(layer.copies)]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("millrace", 1)]
+    graph = helper.make_graph(nodes, "copies", [x], [y], weights)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library_path()))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def random_weight(layer: Layer, rng: np.random.Generator) -> NDArray[np.int8] | NDArray[np.float32]:
-    """A packed weight; zeros or repeats would do for the time, but not for the look of the bytes."""
+def make_node(layer: Layer, copy: int) -> onnx.NodeProto:
+    """The node of one copy."""
+    vectors = ["scale", "colsum"] if layer.operator == "QLinear" else []
+    inputs = ["x", f"w{copy}", *vectors]
+    if copy:
+        inputs += ["", "", f"y{copy - 1}"]  # no bias, no norm, a residual
+    node = helper.make_node(layer.operator, inputs, [f"y{copy}"], domain="millrace")
+    node.attribute.append(helper.make_attribute("N", layer.outputs))
+    node.attribute.append(helper.make_attribute("activation", layer.activation))
+    return node
+
+
+def random_weights(layer: Layer, rng: np.random.Generator) -> Iterator[NDArray[np.int8] | NDArray[np.float32]]:
+    """Packed weights for every copy: different places of one pool of random numbers."""
+    depth = (-(-layer.inputs // 4), 64, 4) if layer.operator == "QLinear" else (layer.inputs, 64)
+    shape = (num_blocks(layer.columns), *depth)
+    size = math.prod(shape)
+    pool: NDArray[np.int8] | NDArray[np.float32]
     if layer.operator == "QLinear":
-        return pack_int8(rng.integers(-127, 128, (layer.columns, layer.inputs), dtype=np.int8))
-    return pack_float(rng.standard_normal((layer.columns, layer.inputs), dtype=np.float32))
+        pool = rng.integers(-127, 128, size + layer.copies, dtype=np.int8)
+    else:
+        pool = rng.standard_normal(size + layer.copies, dtype=np.float32)
+    for copy in range(layer.copies):
+        yield pool[copy : copy + size].reshape(shape)
 
 
 def measure(layers: tuple[Layer, ...], rows: tuple[int, ...], rounds: int, limits: Limits) -> list[Result]:

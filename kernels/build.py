@@ -1,8 +1,9 @@
 """Compile the native operators: `python -m kernels.build`.
 
-Apart from library.py because building needs the compiler (ziglang, a complete clang from PyPI) and serving does not. Every
-kernel source is compiled once per form (portable, AVX2, AVX-512), the rest once for the baseline processor; all of it goes into
-one shared library without a libc. A hash of sources, flags and compiler version beside the library says whether it is current.
+Apart from library.py because building needs the compiler (ziglang, a complete clang from PyPI) and serving does not.
+Every kernel source is compiled once per form (portable, AVX2, AVX-512), the rest once for the baseline processor; all
+of it goes into one shared library without a libc. A hash of sources, flags and compiler version beside the library
+says whether it is current.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ COMMON_SOURCES: Final = (
     "entries.c",
     "linear_op.c",
     "mem.c",
+    "message.c",
     "ops.c",
     "sample_op.c",
     "scratch.c",
@@ -76,7 +78,9 @@ TARGETS: Final = {
         forms={"portable": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"},
         baseline="x86_64",
     ),
-    "aarch64": Target(triple="aarch64-linux-gnu.2.28", forms={"portable": "generic"}, baseline="generic"),
+    "aarch64": Target(
+        triple="aarch64-linux-gnu.2.28", forms={"portable": "generic", "dotprod": "generic+dotprod"}, baseline="generic"
+    ),
 }
 
 
@@ -91,7 +95,7 @@ def library_file(machine: str) -> Path:
 
 
 def build(machine: str, *, force: bool = False) -> bool:
-    """Bring the library for `machine` up to date; true if it was compiled, false if it was current. Raises BuildError."""
+    """Bring the library for `machine` up to date; true if it was compiled, false if current. Raises BuildError."""
     library = library_file(machine)
     fingerprint = source_fingerprint(machine)
     if not force and is_current(library, fingerprint):
@@ -111,7 +115,7 @@ def is_current(library: Path, fingerprint: str) -> bool:
 
 
 def source_fingerprint(machine: str, native: Path = NATIVE_DIR) -> str:
-    """SHA-256 over everything that decides the library's bytes. Raises BuildError without a compiler or for a strange machine."""
+    """SHA-256 over what decides the library's bytes. Raises BuildError without a compiler or for a strange machine."""
     if machine not in TARGETS:
         raise BuildError(f"no kernels for processor {machine!r}; known: {', '.join(TARGETS)}")
     digest = hashlib.sha256()

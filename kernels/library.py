@@ -1,7 +1,8 @@
 """The compiled operators: where they are, and which form of them runs.
 
-Apart from build.py because serving only loads. ONNX Runtime gets the path (`register_custom_ops_library`); the functions here
-speak to the same loaded library through ctypes, so a choice made here holds for every session of the process.
+Apart from build.py because serving only loads. ONNX Runtime gets the path (`register_custom_ops_library`); the
+functions here speak to the same loaded library through ctypes, so a choice made here holds for every session of the
+process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 
 from kernels.build import library_file
 
-FORMS: Final = ("portable", "avx2", "avx512")  # narrowest first; names of MILLRACE_KERNELS
+FORMS: Final = ("portable", "avx2", "avx512", "dotprod")  # narrowest first; avx* on x86_64, dotprod on aarch64
 
 
 class KernelsUnavailable(Exception):

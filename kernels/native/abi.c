@@ -61,78 +61,14 @@ void mr_free(void *memory) {
     if (status) ort.ReleaseStatus(status); /* nobody could do anything about it */
 }
 
-/* ---- messages ---- */
-
-struct text {
-    char characters[512];
-    size_t length;
-};
-
-static void put_char(struct text *text, char c) {
-    if (text->length + 1 < sizeof text->characters) text->characters[text->length++] = c;
-}
-
-static void put_string(struct text *text, const char *s) {
-    while (*s) put_char(text, *s++);
-}
-
-static void put_int(struct text *text, int64_t value) {
-    char digits[20];
-    size_t count = 0;
-    uint64_t rest = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
-    do digits[count++] = (char)('0' + rest % 10);
-    while (rest /= 10);
-    if (value < 0) put_char(text, '-');
-    while (count) put_char(text, digits[--count]);
-}
-
-static void put_double(struct text *text, double value) {
-    if (!(value > -1e15 && value < 1e15)) {
-        put_string(text, value != value ? "NaN" : value > 0 ? "over 1e15" : "under -1e15");
-        return;
-    }
-    if (value < 0) put_char(text, '-');
-    uint64_t thousandths = (uint64_t)((value < 0 ? -value : value) * 1000.0 + 0.5);
-    put_int(text, (int64_t)(thousandths / 1000));
-    put_char(text, '.');
-    for (uint64_t unit = 100; unit; unit /= 10) put_char(text, (char)('0' + thousandths / unit % 10));
-}
-
-static void put_shape(struct text *text, size_t rank, const int64_t *dims) {
-    put_char(text, '[');
-    for (size_t i = 0; i < rank; ++i) {
-        if (i) put_char(text, ',');
-        if (dims[i] < 0) put_char(text, '?');
-        else put_int(text, dims[i]);
-    }
-    put_char(text, ']');
-}
-
 OrtStatus *mr_fail(const char *format, ...) {
-    struct text text = {.length = 0};
+    const int32_t invalid_argument = 2;
+    char message[512];
     va_list values;
     va_start(values, format);
-    for (; *format; ++format) {
-        if (*format != '%') {
-            put_char(&text, *format);
-            continue;
-        }
-        switch (*++format) {
-        case 's': put_string(&text, va_arg(values, const char *)); break;
-        case 'd': put_int(&text, va_arg(values, int64_t)); break;
-        case 'f': put_double(&text, va_arg(values, double)); break;
-        case 't': {
-            const struct mr_tensor *tensor = va_arg(values, const struct mr_tensor *);
-            put_shape(&text, tensor->rank, tensor->dims);
-            break;
-        }
-        default: put_char(&text, *format);
-        }
-    }
+    mr_format(message, sizeof message, format, values);
     va_end(values);
-    text.characters[text.length] = 0;
-    const int32_t invalid_argument = 2;
-    return ort.CreateStatus(invalid_argument, text.characters);
+    return ort.CreateStatus(invalid_argument, message);
 }
 
 /* ---- tensors ---- */
@@ -164,7 +100,8 @@ static OrtStatus *read_tensor(const struct mr_op *op, size_t index, const OrtVal
     if (!value) return port->optional ? NULL : mr_fail("%s: input %s is missing", op->name, port->name);
     MR_TRY(read_shape(value, out));
     if (out->rank > MR_MAX_RANK)
-        return mr_fail("%s: %s has %d dimensions, at most %d are known", op->name, port->name, (int64_t)out->rank, (int64_t)MR_MAX_RANK);
+        return mr_fail("%s: %s has %d dimensions, at most %d are known", op->name, port->name, (int64_t)out->rank,
+                       (int64_t)MR_MAX_RANK);
     if (port->type != MR_ANY && out->type != port->type)
         return mr_fail("%s: %s is %s, expected %s", op->name, port->name, type_name(out->type), type_name(port->type));
     return ort.GetTensorMutableData((OrtValue *)value, &out->data);
@@ -206,7 +143,8 @@ OrtStatus *mr_constant(const struct mr_node *node, size_t index, struct mr_tenso
     return read_tensor(node->op, index, value, out);
 }
 
-OrtStatus *mr_expect_shape(const struct mr_op *op, const char *name, const struct mr_tensor *tensor, size_t rank, const int64_t *dims) {
+OrtStatus *mr_expect_shape(const struct mr_op *op, const char *name, const struct mr_tensor *tensor, size_t rank,
+                           const int64_t *dims) {
     int same = tensor->rank == rank;
     for (size_t i = 0; same && i < rank; ++i) same = dims[i] < 0 || tensor->dims[i] == dims[i];
     if (MR_LIKELY(same)) return NULL;
@@ -253,7 +191,8 @@ OrtStatus *mr_attribute_string(const struct mr_node *node, const char *name, con
         return NULL;
     }
     if (size > capacity)
-        return mr_fail("%s: attribute %s has %d characters, at most %d are known", node->op->name, name, (int64_t)size - 1, (int64_t)capacity - 1);
+        return mr_fail("%s: attribute %s has %d characters, at most %d are known", node->op->name, name, (int64_t)size - 1,
+                       (int64_t)capacity - 1);
     return ort.KernelInfoGetAttribute_string(node->info, name, out, &size);
 }
 

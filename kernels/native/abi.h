@@ -7,6 +7,8 @@
 #ifndef MR_ABI_H
 #define MR_ABI_H
 
+#include <stdarg.h>
+
 #include "millrace.h"
 
 #define MR_ORT_API_VERSION 29
@@ -127,6 +129,9 @@ struct mr_op {
    %t a const struct mr_tensor * (its shape). */
 OrtStatus *mr_fail(const char *format, ...);
 
+/* The text of such a message, cut off at `capacity` - 1 characters (message.c). */
+void mr_format(char *out, size_t capacity, const char *format, va_list values);
+
 /* ---- at creation ---- */
 
 /* A constant input (an initializer), in the runtime's own memory, which outlives the kernel. Absent only if the port is
@@ -153,7 +158,8 @@ struct mr_parallel mr_call_parallel(struct mr_call *call);
 /* ---- checks ---- */
 
 /* Refuses a tensor whose shape is not `dims` (-1 = any extent). */
-OrtStatus *mr_expect_shape(const struct mr_op *op, const char *name, const struct mr_tensor *tensor, size_t rank, const int64_t *dims);
+OrtStatus *mr_expect_shape(const struct mr_op *op, const char *name, const struct mr_tensor *tensor, size_t rank,
+                           const int64_t *dims);
 
 /* Refuses an attribute outside [low, high]. */
 OrtStatus *mr_expect_range(const struct mr_op *op, const char *name, int64_t value, int64_t low, int64_t high);

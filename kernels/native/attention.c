@@ -120,7 +120,7 @@ static const char *pool_block(const struct mr_attention *a, const char *pool, in
     return pool + ((size_t)id * a->kv_num_heads + head) * head_block_bytes(a);
 }
 
-/* What is read after `block` blocks of keys: more keys, then values, then what comes after. */
+/* The block that is read after `block` others: keys, then values, then what comes after. */
 static const char *soon(const struct work *w, size_t block) {
     if (block < w->num_blocks) return pool_block(w->a, w->a->cache, w->blocks[block], w->head);
     block -= w->num_blocks;
@@ -135,7 +135,7 @@ static void score_blocks(const struct work *w, const struct source *source, size
         units = units_of(rows, span.end - block);
         for (size_t u = 0; u < units; ++u) {
             tile.keys[u] = block_at(source, block + u);
-            tile.next[u] = soon(w, block + units + u);
+            tile.next[u] = soon(w, block + FETCH_AHEAD + u);
         }
         tile.scores = w->scores + row * w->stride + block * MR_BLOCK_TOKENS;
         score_tiles[rows][units][source->is_half](&tile);

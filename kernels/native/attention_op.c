@@ -1,5 +1,5 @@
-/* PagedAttention as an operator of ONNX Runtime: everything that arrives is checked here, before anything is read through an index
-   or written. Also the plain entry that tests use without a runtime. */
+/* PagedAttention as an operator of ONNX Runtime: everything that arrives is checked here, before anything is read through an
+   index or written. Also the plain entry that tests use without a runtime. */
 #include "abi.h"
 #include "attention_plan.h"
 
@@ -100,7 +100,8 @@ static OrtStatus *check_shapes(const struct mr_op *op, const struct mr_tensor *i
     MR_TRY(mr_expect_shape(op, "slot_mapping", &in[SLOT_MAPPING], 1, (int64_t[]){T}));
     MR_TRY(mr_expect_shape(op, "cos_sin", &in[COS_SIN], 2, (int64_t[]){-1, -1}));
     int64_t R = in[COS_SIN].dims[1];
-    if (R % 2 || R > D) return mr_fail("%s: cos_sin has %d columns; it takes an even number, at most the head dim %d", op->name, R, D);
+    if (R % 2 || R > D)
+        return mr_fail("%s: cos_sin has %d columns; it takes an even number, at most the head dim %d", op->name, R, D);
     if (in[Q_NORM].present) MR_TRY(mr_expect_shape(op, "q_norm", &in[Q_NORM], 1, (int64_t[]){D}));
     if (in[K_NORM].present) MR_TRY(mr_expect_shape(op, "k_norm", &in[K_NORM], 1, (int64_t[]){D}));
     if (in[SINKS].present) MR_TRY(mr_expect_shape(op, "sinks", &in[SINKS], 1, (int64_t[]){(int64_t)a->num_heads}));
@@ -118,10 +119,11 @@ static OrtStatus *check_tokens(const struct mr_op *op, const struct mr_attention
     for (size_t t = 0; t < a->num_tokens; ++t) {
         int64_t position = a->positions[t], slot = a->slot_mapping[t];
         if (MR_UNLIKELY(a->rotary_dim && (position < 0 || position >= num_positions)))
-            return mr_fail("%s: positions[%d] is %d, cos_sin has rows 0..%d", op->name, (int64_t)t, position, num_positions - 1);
+            return mr_fail("%s: positions[%d] is %d, cos_sin has rows 0..%d", op->name, (int64_t)t, position,
+                           num_positions - 1);
         if (MR_UNLIKELY(slot < -1 || slot >= num_slots))
-            return mr_fail("%s: slot_mapping[%d] is %d, the pool has slots 0..%d (-1: do not write)", op->name, (int64_t)t, slot,
-                           num_slots - 1);
+            return mr_fail("%s: slot_mapping[%d] is %d, the pool has slots 0..%d (-1: do not write)", op->name, (int64_t)t,
+                           slot, num_slots - 1);
     }
     return NULL;
 }
@@ -131,8 +133,8 @@ static OrtStatus *check_offsets(const struct mr_op *op, const struct mr_attentio
     if (offsets[0] != 0) return mr_fail("%s: cu_seqlens[0] is %d, must be 0", op->name, (int64_t)offsets[0]);
     for (size_t b = 0; b < a->num_seqs; ++b) {
         if (MR_UNLIKELY(offsets[b + 1] < offsets[b]))
-            return mr_fail("%s: cu_seqlens[%d] is %d, less than the %d before it", op->name, (int64_t)b + 1, (int64_t)offsets[b + 1],
-                           (int64_t)offsets[b]);
+            return mr_fail("%s: cu_seqlens[%d] is %d, less than the %d before it", op->name, (int64_t)b + 1,
+                           (int64_t)offsets[b + 1], (int64_t)offsets[b]);
     }
     if ((size_t)offsets[a->num_seqs] != a->num_tokens)
         return mr_fail("%s: cu_seqlens ends at %d, qkv has %d tokens", op->name, (int64_t)offsets[a->num_seqs],
@@ -148,8 +150,8 @@ static OrtStatus *check_blocks(const struct mr_op *op, const struct mr_attention
     int64_t num_keys = past + num_new, width = (int64_t)a->table_width;
     int64_t num_blocks = (num_keys + MR_BLOCK_TOKENS - 1) / MR_BLOCK_TOKENS;
     if (MR_UNLIKELY(num_keys > INT32_MAX - MR_BLOCK_TOKENS || num_blocks > width))
-        return mr_fail("%s: sequence %d has %d past and %d new tokens, more than the %d blocks of its block_table row hold", op->name,
-                       (int64_t)b, past, num_new, width);
+        return mr_fail("%s: sequence %d has %d past and %d new tokens, more than the %d blocks of its block_table row hold",
+                       op->name, (int64_t)b, past, num_new, width);
     const int32_t *row = a->block_table + b * a->table_width;
     size_t first = mr_attention_first_key(a, (size_t)past) / MR_BLOCK_TOKENS;
     for (size_t i = first; i < (size_t)num_blocks; ++i) {

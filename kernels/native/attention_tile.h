@@ -23,6 +23,14 @@
 #define FOR_TILES(X) X(1, 1)
 #endif
 
+/* Where registers are few, the factors of the rows are read again for each unit: kept, they would push accumulators to the stack.
+   The compiler cannot know that the pointer has not changed. */
+#ifdef __AVX512F__
+#define READ_AGAIN(pointer)
+#else
+#define READ_AGAIN(pointer) __asm__("" : "+r"(pointer))
+#endif
+
 #define FETCH_AHEAD 4 /* blocks: about the time that memory takes to answer */
 
 /* 16 lanes at an element offset of keys or values, which are half or float. */
@@ -52,14 +60,11 @@ MR_INLINE void score_tile(const struct score_tile *t, const size_t rows, const s
         next[u] = t->next[u];
     }
     for (size_t d = 0; d < t->head_dim; ++d) {
-        f32x16 k[4];
         UNROLL for (size_t u = 0; u < units; ++u) {
-            k[u] = load_lanes(keys[u], d * 16, is_half);
+            f32x16 k = load_lanes(keys[u], d * 16, is_half);
             if (is_half) __builtin_prefetch(next[u] + d * 32);
-        }
-        UNROLL for (size_t r = 0; r < rows; ++r) {
-            f32x16 q = mr_splat(queries[r * MR_ROW_FLOATS + d]);
-            UNROLL for (size_t u = 0; u < units; ++u) sums[r][u] = mr_fma(q, k[u], sums[r][u]);
+            READ_AGAIN(queries);
+            UNROLL for (size_t r = 0; r < rows; ++r) sums[r][u] = mr_fma(mr_splat(queries[r * MR_ROW_FLOATS + d]), k, sums[r][u]);
         }
     }
     UNROLL for (size_t r = 0; r < rows; ++r) {
@@ -80,6 +85,11 @@ struct value_tile {
     float *sums;           /* rows MR_ROW_FLOATS apart, from the tile's first dim on */
 };
 
+MR_INLINE const char *block_ahead(const struct value_tile *t, size_t block) {
+    if (block < t->num_blocks) return t->values + (size_t)t->blocks[block] * t->block_bytes;
+    return t->after[block - t->num_blocks];
+}
+
 /* sums[row][unit][16] += sum over tokens in [begin, end) of weights[row][token] * values[token][unit][16]. */
 MR_INLINE void value_tile(const struct value_tile *t, const size_t rows, const size_t units, const int is_half) {
     f32x16 sums[TILE_ROWS][4];
@@ -91,18 +101,13 @@ MR_INLINE void value_tile(const struct value_tile *t, const size_t rows, const s
     for (size_t token = t->begin; token < t->end;) {
         size_t block = token / 16, stop = mr_min(t->end, (block + 1) * 16);
         const char *row = t->values + (size_t)t->blocks[block] * t->block_bytes + token % 16 * row_bytes;
-        size_t ahead = block + FETCH_AHEAD;
-        const char *next = ahead < t->num_blocks ? t->values + (size_t)t->blocks[ahead] * t->block_bytes : t->after[ahead - t->num_blocks];
-        next += token % 16 * row_bytes;
+        const char *next = is_half ? block_ahead(t, block + FETCH_AHEAD) + token % 16 * row_bytes : row;
         for (; token < stop; ++token, row += row_bytes, next += row_bytes) {
-            f32x16 v[4];
             UNROLL for (size_t u = 0; u < units; ++u) {
-                v[u] = load_lanes(row, u * 16, is_half);
+                f32x16 v = load_lanes(row, u * 16, is_half);
                 if (is_half && u % 2 == 0) __builtin_prefetch(next + u * 32);
-            }
-            UNROLL for (size_t r = 0; r < rows; ++r) {
-                f32x16 w = mr_splat(weights[r * stride + token]);
-                UNROLL for (size_t u = 0; u < units; ++u) sums[r][u] = mr_fma(w, v[u], sums[r][u]);
+                READ_AGAIN(weights);
+                UNROLL for (size_t r = 0; r < rows; ++r) sums[r][u] = mr_fma(mr_splat(weights[r * stride + token]), v, sums[r][u]);
             }
         }
     }

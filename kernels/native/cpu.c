@@ -52,8 +52,20 @@ static const struct mr_kernels *form(size_t index) {
 }
 #define MR_NUM_FORMS 3
 #else
-static const struct mr_kernels *form(size_t index) { return (void)index, &mr_kernels_portable; }
-#define MR_NUM_FORMS 1
+extern const struct mr_kernels mr_kernels_dotprod;
+
+/* The instruction-set register that user programs may read: Linux answers for it. */
+static int has_dotprod(void) {
+    uint64_t features;
+    __asm__("mrs %0, ID_AA64ISAR0_EL1" : "=r"(features));
+    return (features >> 44 & 15) != 0;
+}
+
+static const struct mr_kernels *form(size_t index) {
+    if (index == 0) return has_dotprod() ? &mr_kernels_dotprod : NULL;
+    return &mr_kernels_portable;
+}
+#define MR_NUM_FORMS 2
 #endif
 
 static const struct mr_kernels *active;
@@ -106,7 +118,7 @@ static long sched_getaffinity_call(size_t bytes, void *mask) {
 }
 #else
 static long sched_getaffinity_call(size_t bytes, void *mask) {
-    register long number __asm__("x8") = 122;
+    register long number __asm__("x8") = 123;
     register long result __asm__("x0") = 0;
     register size_t size __asm__("x1") = bytes;
     register void *where __asm__("x2") = mask;

@@ -2,7 +2,7 @@
 
    The same shape as qlinear.c: with `norm` rows are normalized into scratch first, then tasks of (rows x blocks of 64
    columns) multiply. */
-#include "dot.h"
+#include "ahead.h"
 #include "rows.h"
 #include "split.h"
 
@@ -53,10 +53,12 @@ static void normalize(struct layer *layer, const struct mr_parallel *parallel) {
 }
 
 /* Sums of `rows` rows and `vectors` vectors of columns, both constant wherever this is inlined. */
-MR_INLINE void dot(const float *x, size_t K, const float *weight, size_t rows, size_t vectors, f32x16 (*sums)[4]) {
+MR_INLINE void dot(const float *x, size_t K, const float *weight, size_t rows, size_t vectors, struct mr_ahead ahead,
+                   f32x16 (*sums)[4]) {
     f32x16 acc[MAX_ROWS][4];
     MR_UNROLL for (size_t r = 0; r < rows; ++r) MR_UNROLL for (size_t j = 0; j < vectors; ++j) acc[r][j] = mr_splat(0.0f);
     for (size_t k = 0; k < K; ++k, weight += MR_BLOCK) {
+        mr_fetch_ahead(&ahead);
         f32x16 w[4];
         MR_UNROLL for (size_t j = 0; j < vectors; ++j) w[j] = mr_load(weight + 16 * j);
         MR_UNROLL for (size_t r = 0; r < rows; ++r) {
@@ -67,20 +69,22 @@ MR_INLINE void dot(const float *x, size_t K, const float *weight, size_t rows, s
     MR_UNROLL for (size_t r = 0; r < rows; ++r) MR_UNROLL for (size_t j = 0; j < vectors; ++j) sums[r][j] = acc[r][j];
 }
 
-MR_INLINE void block_sums(const struct layer *layer, size_t row, size_t rows, const float *weight, f32x16 (*sums)[4]) {
+MR_INLINE void block_sums(const struct layer *layer, size_t row, size_t rows, const float *weight, struct mr_passes *passes,
+                          f32x16 (*sums)[4]) {
     size_t K = layer->args->K;
     for (size_t vector = 0; vector < 4; vector += VECTORS(rows))
-        dot(layer->input + row * K, K, weight + 16 * vector, rows, VECTORS(rows), (f32x16(*)[4])&sums[0][vector]);
+        dot(layer->input + row * K, K, weight + 16 * vector, rows, VECTORS(rows), mr_begin_pass(passes), (f32x16(*)[4])&sums[0][vector]);
 }
 
-static void tile(const struct layer *layer, size_t row, size_t rows, const float *weight, f32x16 (*sums)[4]) {
+static void tile(const struct layer *layer, size_t row, size_t rows, const float *weight, struct mr_passes *passes,
+                 f32x16 (*sums)[4]) {
     switch (rows) {
-    case 1: block_sums(layer, row, 1, weight, sums); break;
-    case 2: block_sums(layer, row, 2, weight, sums); break;
-    case 3: block_sums(layer, row, 3, weight, sums); break;
-    case 4: block_sums(layer, row, 4, weight, sums); break;
-    case 5: block_sums(layer, row, 5, weight, sums); break;
-    case 6: block_sums(layer, row, 6, weight, sums); break;
+    case 1: block_sums(layer, row, 1, weight, passes, sums); break;
+    case 2: block_sums(layer, row, 2, weight, passes, sums); break;
+    case 3: block_sums(layer, row, 3, weight, passes, sums); break;
+    case 4: block_sums(layer, row, 4, weight, passes, sums); break;
+    case 5: block_sums(layer, row, 5, weight, passes, sums); break;
+    case 6: block_sums(layer, row, 6, weight, passes, sums); break;
     }
 }
 
@@ -102,16 +106,25 @@ static void finish_tile(const struct layer *layer, size_t row, size_t rows, size
 }
 
 static void multiply(void *user, size_t index, size_t next) {
-    (void)next;
     const struct layer *layer = user;
     struct mr_range rows = mr_split_rows(&layer->split, index);
     struct mr_range blocks = mr_split_blocks(&layer->split, index);
+    size_t next_task = mr_split_blocks(&layer->split, next).begin;
+    size_t block_floats = layer->args->K * MR_BLOCK;
+    size_t tiles = mr_ceil_div(rows.end - rows.begin, MAX_ROWS);
     for (size_t block = blocks.begin; block < blocks.end; ++block) {
-        const float *weight = layer->args->weight + block * layer->args->K * MR_BLOCK;
+        const float *weight = layer->args->weight + block * block_floats;
+        size_t next_block = block + 1 < blocks.end ? block + 1 : next_task;
+        struct mr_passes passes = {
+            .next_block = (const char *)(layer->args->weight + next_block * block_floats),
+            .block_bytes = block_floats * sizeof(float),
+            .count = tiles * (4 / VECTORS(mr_next_tile(rows.end - rows.begin, MAX_ROWS))),
+            .tiles = tiles,
+        };
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             f32x16 sums[MAX_ROWS][4];
             height = mr_next_tile(rows.end - row, MAX_ROWS);
-            tile(layer, row, height, weight, sums);
+            tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
         }
     }

@@ -112,7 +112,8 @@ struct linear_run {
     float *y;
 };
 
-static OrtStatus *read_run(const struct linear_kernel *kernel, struct mr_call *call, size_t residual_port, struct linear_run *run) {
+static OrtStatus *read_run(const struct linear_kernel *kernel, struct mr_call *call, size_t residual_port,
+                           struct linear_run *run) {
     const char *op = call->op->name;
     struct mr_tensor x, residual;
     MR_TRY(mr_input(call, X, &x));

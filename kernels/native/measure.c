@@ -11,6 +11,13 @@ typedef float floats __attribute__((ext_vector_type(16)));
 #define INT_STEP(sum, a, b) ((sum) = _mm512_dpbusd_epi32(sum, a, b))
 #define INT_MULTIPLIES 64
 #define CHAINS 24
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef int32x4_t int_sums;
+typedef int8x16_t int_data;
+typedef float floats __attribute__((ext_vector_type(4)));
+#define INT_STEP(sum, a, b) ((sum) = vdotq_s32(sum, a, b))
+#define INT_MULTIPLIES 16
+#define CHAINS 24
 #else
 typedef mr_sums int_sums;
 typedef mr_words int_data;

@@ -16,6 +16,7 @@
 #endif
 
 #define MR_INLINE static inline __attribute__((always_inline))
+#define MR_UNROLL _Pragma("clang loop unroll(full)")
 #define MR_EXPORT __attribute__((visibility("default")))
 #define MR_LIKELY(x) __builtin_expect(!!(x), 1)
 #define MR_UNLIKELY(x) __builtin_expect(!!(x), 0)

@@ -66,22 +66,27 @@ static void quantize(struct layer *layer, const struct mr_parallel *parallel) {
 /* ---- multiplying ---- */
 
 /* The integer sums of `rows` rows and one block; `rows` is a constant wherever this is inlined. */
-MR_INLINE void block_sums(const struct layer *layer, size_t row, size_t rows, const int8_t *weight, struct mr_ahead ahead, i32x16 (*sums)[4]) {
+MR_INLINE void block_sums(const struct layer *layer, size_t row, size_t rows, const int8_t *weight, struct mr_passes *passes,
+                          i32x16 (*sums)[4]) {
     const mr_quantized *a = layer->quantized + row * layer->stride;
     size_t K4 = mr_ceil_div(layer->args->K, 4);
     for (size_t vector = 0; vector < 4; vector += MR_DOT_VECTORS(rows))
-        mr_dot(a, layer->stride, weight + 64 * vector, K4, rows, MR_DOT_VECTORS(rows), ahead, (i32x16(*)[4])&sums[0][vector]);
+        mr_dot(a, layer->stride, weight + 64 * vector, K4, rows, MR_DOT_VECTORS(rows), mr_begin_pass(passes),
+               (i32x16(*)[4])&sums[0][vector]);
 }
 
-static void tile(const struct layer *layer, size_t row, size_t rows, const int8_t *weight, struct mr_ahead ahead, i32x16 (*sums)[4]) {
+static void tile(const struct layer *layer, size_t row, size_t rows, const int8_t *weight, struct mr_passes *passes,
+                 i32x16 (*sums)[4]) {
     switch (rows) {
-    case 1: block_sums(layer, row, 1, weight, ahead, sums); break;
-    case 2: block_sums(layer, row, 2, weight, ahead, sums); break;
-    case 3: block_sums(layer, row, 3, weight, ahead, sums); break;
-    case 4: block_sums(layer, row, 4, weight, ahead, sums); break;
+    case 1: block_sums(layer, row, 1, weight, passes, sums); break;
+    case 2: block_sums(layer, row, 2, weight, passes, sums); break;
+#if MR_DOT_ROWS > 2
+    case 3: block_sums(layer, row, 3, weight, passes, sums); break;
+    case 4: block_sums(layer, row, 4, weight, passes, sums); break;
+#endif
 #if MR_DOT_ROWS > 4
-    case 5: block_sums(layer, row, 5, weight, ahead, sums); break;
-    case 6: block_sums(layer, row, 6, weight, ahead, sums); break;
+    case 5: block_sums(layer, row, 5, weight, passes, sums); break;
+    case 6: block_sums(layer, row, 6, weight, passes, sums); break;
 #endif
     }
 }
@@ -95,7 +100,7 @@ static void finish_tile(const struct layer *layer, size_t row, size_t rows, size
     i32x16 offset[4];
     for (size_t j = 0; j < 4; ++j) {
         scale[j] = mr_load(args->scale + block * MR_BLOCK + 16 * j);
-        offset[j] = mr_load_i32(args->colsum + block * MR_BLOCK + 16 * j) * 128;
+        offset[j] = mr_load_i32(args->colsum + block * MR_BLOCK + 16 * j) * MR_DOT_OFFSET;
     }
     struct mr_finish to = {
         .bias = args->bias ? args->bias + block * MR_BLOCK : NULL,
@@ -124,13 +129,17 @@ static void multiply(void *user, size_t index, size_t next) {
     for (size_t block = blocks.begin; block < blocks.end; ++block) {
         const int8_t *weight = layer->args->weight + block * block_bytes;
         size_t next_block = block + 1 < blocks.end ? block + 1 : next_task;
-        struct mr_ahead ahead = mr_ahead_of(layer->args->weight + next_block * block_bytes, tiles);
+        struct mr_passes passes = {
+            .next_block = (const char *)(layer->args->weight + next_block * block_bytes),
+            .block_bytes = block_bytes,
+            .count = tiles * (4 / MR_DOT_VECTORS(mr_next_tile(rows.end - rows.begin, MR_DOT_ROWS))),
+            .tiles = tiles,
+        };
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             i32x16 sums[MR_DOT_ROWS][4];
             height = mr_next_tile(rows.end - row, MR_DOT_ROWS);
-            tile(layer, row, height, weight, ahead, sums);
+            tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
-            ahead.at += block_bytes / tiles;
         }
     }
 }
@@ -140,8 +149,8 @@ void MR_NAME(mr_qlinear)(const struct mr_qlinear *args, const struct mr_parallel
     size_t stride = mr_quantized_stride(args->K);
     struct layer layer = {.args = args, .quantized = args->scratch, .stride = stride};
     layer.row_scale = (float *)((char *)args->scratch + args->rows * stride * sizeof(mr_quantized));
-    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MR_DOT_ROWS, stride * sizeof(mr_quantized),
-                                 args->K, parallel->threads);
+    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MR_DOT_ROWS,
+                                 stride * sizeof(mr_quantized), args->K, parallel->threads);
     quantize(&layer, parallel);
     mr_run_chained(parallel, multiply, mr_split_count(&layer.split), &layer);
 }

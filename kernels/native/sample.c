@@ -1,244 +1,9 @@
 /* Sampling: the next token of each row of logits. One form of the kernel; batcher/sampling.py is the reference.
 
-   Nothing is sorted. top_k and top_p become a cut in the order (logit descending, id ascending): a last token, found by walking
-   buckets of that order, first coarse, then fine, then token by token. Then one pass over the row draws among those before the cut,
-   skipping 64 tokens at a time where none is kept or none could still win. z is counted from the row's largest logit. */
+   top_k and top_p become a cut (sample_cut.h): a last token that is kept. Then one pass draws among the tokens before the cut,
+   skipping 64 at a time where none is kept or none could still win. z is counted from the largest logit. */
 #include "philox.h"
-#include "sample.h"
-#include "vecmath.h"
-
-enum { GROUP = 64, CHUNK = 16 * GROUP };
-
-static const float largest_float = 0x1.fffffep127f;
-
-/* The last token kept: tokens with a larger logit, or the same and no larger id, are kept. */
-struct cut {
-    float logit;
-    uint32_t id;
-};
-
-struct candidates {
-    uint32_t *ids;  /* ascending */
-    float *weights; /* in proportion to the probability; the largest is 1 */
-    size_t count;
-};
-
-struct row {
-    const float *logits;
-    size_t vocab_size;
-    float temperature;
-    float top; /* the largest logit */
-    float least_z;
-    uint64_t seed, position;
-    struct cut cut;
-    double *buckets;
-    struct candidates candidates;
-    float *maxima;
-};
-
-/* NaN counts as -infinity, +infinity as the largest float. */
-MR_INLINE f32x16 usable(f32x16 logits) {
-    f32x16 finite = logits > largest_float ? (f32x16)(largest_float) : logits;
-    return logits == logits ? finite : (f32x16)(-__builtin_inff());
-}
-
-static float usable_one(float logit) {
-    if (logit != logit) return -__builtin_inff();
-    return logit > largest_float ? largest_float : logit;
-}
-
-/* ---- the largest logit ---- */
-
-/* Lane by lane the largest of `count` logits; NaN is passed over. */
-static f32x16 largest_lanes(const float *logits, size_t count) {
-    f32x16 most[4];
-    for (size_t i = 0; i < 4; ++i) most[i] = mr_splat(-__builtin_inff());
-    size_t at = 0;
-    for (; at + GROUP <= count; at += GROUP)
-        for (size_t i = 0; i < 4; ++i) most[i] = mr_max(mr_load(logits + at + 16 * i), most[i]);
-    for (; at < count; ++at) {
-        f32x16 one = mr_splat(-__builtin_inff());
-        one[at % 16] = logits[at];
-        most[0] = mr_max(one, most[0]);
-    }
-    return mr_max(mr_max(most[0], most[1]), mr_max(most[2], most[3]));
-}
-
-static int has_finite(const float *logits, size_t count) {
-    for (size_t i = 0; i < count; ++i)
-        if (logits[i] - logits[i] == 0.0f) return 1;
-    return 0;
-}
-
-/* The first of the largest logits, or -1 if none is finite. */
-static int64_t find_top(const float *logits, size_t count) {
-    float top = -__builtin_inff();
-    size_t at = 0;
-    for (size_t first = 0; first < count; first += CHUNK) {
-        float most = mr_max_lanes(largest_lanes(logits + first, mr_min(CHUNK, count - first)));
-        if (most <= top) continue;
-        top = most;
-        at = first;
-    }
-    if (top == -__builtin_inff()) return -1;
-    if (top > largest_float && !has_finite(logits, count)) return -1;
-    if (top > largest_float) at = 0; /* infinity counts as the largest float, which may stand before it */
-    while (!(usable_one(logits[at]) >= usable_one(top))) ++at;
-    return (int64_t)at;
-}
-
-/* ---- the cut ---- */
-
-/* Smaller is better: the bits of a float in descending order of its value; both zeros are one. */
-static uint32_t rank_of(float logit) {
-    float value = usable_one(logit) + 0.0f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
-}
-
-/* A radix digit of the rank. */
-struct digit {
-    uint32_t shift, mask;
-};
-
-static uint32_t bucket_of(const float *values, uint32_t id, struct digit digit) {
-    return rank_of(values[id]) >> digit.shift & digit.mask;
-}
-
-/* The bucket in which the sum reaches `target`; `before` becomes the sum of the buckets before it. The last one in use if rounding
-   keeps the sum just below, MR_SAMPLE_BUCKETS if it falls short from the start. */
-static uint32_t find_bucket(const double *buckets, double target, double *before, int may_fall_short) {
-    uint32_t last = 0;
-    for (uint32_t bucket = 0; bucket < MR_SAMPLE_BUCKETS; ++bucket) {
-        if (buckets[bucket] == 0.0) continue;
-        if (*before + buckets[bucket] >= target) return bucket;
-        *before += buckets[bucket];
-        last = bucket;
-    }
-    if (may_fall_short) return MR_SAMPLE_BUCKETS;
-    *before -= buckets[last];
-    return last;
-}
-
-static void keep_bucket(struct candidates *c, const float *values, struct digit digit, uint32_t bucket) {
-    size_t count = 0;
-    for (size_t i = 0; i < c->count; ++i) {
-        c->ids[count] = c->ids[i];
-        c->weights[count] = c->weights[i];
-        count += bucket_of(values, c->ids[i], digit) == bucket;
-    }
-    c->count = count;
-}
-
-/* The candidate at which the weights, summed in order, reach `target` > 0; the order is by values[id] descending, then by id.
-   A radix selection. Uses the candidates up. If the sum stays below, nothing is cut. */
-static struct cut find_cut(const float *values, struct candidates *c, double *buckets, double target) {
-    static const struct digit digits[] = {{21, 0x7ff}, {10, 0x7ff}, {0, 0x3ff}};
-    struct cut cut = {-__builtin_inff(), UINT32_MAX};
-    double before = 0.0;
-    for (size_t level = 0; level < 3 && c->count > 1; ++level) {
-        __builtin_memset(buckets, 0, MR_SAMPLE_BUCKETS * sizeof(double));
-        for (size_t i = 0; i < c->count; ++i) buckets[bucket_of(values, c->ids[i], digits[level])] += c->weights[i];
-        uint32_t bucket = find_bucket(buckets, target, &before, level == 0);
-        if (bucket == MR_SAMPLE_BUCKETS) return cut;
-        keep_bucket(c, values, digits[level], bucket);
-    }
-    for (size_t i = 0; i < c->count; ++i) { /* all equal: by id */
-        cut = (struct cut){usable_one(values[c->ids[i]]), c->ids[i]};
-        before += c->weights[i];
-        if (before >= target) break;
-    }
-    return cut;
-}
-
-static int is_before(struct cut cut, float logit, uint32_t id) {
-    return logit > cut.logit || (logit == cut.logit && id <= cut.id);
-}
-
-/* Candidates, each of weight 1: the tokens before the cut. */
-static void collect(struct row *r) {
-    struct candidates *c = &r->candidates;
-    c->count = 0;
-    for (size_t first = 0; first < r->vocab_size; first += GROUP) {
-        size_t end = mr_min(first + GROUP, r->vocab_size);
-        if (end - first == GROUP && mr_max_lanes(largest_lanes(r->logits + first, GROUP)) < r->cut.logit) continue;
-        for (size_t id = first; id < end; ++id) {
-            c->ids[c->count] = (uint32_t)id;
-            c->weights[c->count] = 1.0f;
-            c->count += is_before(r->cut, usable_one(r->logits[id]), (uint32_t)id);
-        }
-    }
-}
-
-/* A logit that at least k tokens reach: the k-th largest of the maxima of groups. -infinity if there are fewer groups. */
-static float reached_by(struct row *r, size_t k) {
-    struct candidates groups = {r->candidates.ids, r->candidates.weights, 0};
-    for (size_t first = 0; first + CHUNK <= r->vocab_size; first += CHUNK) {
-        mr_store(r->maxima + groups.count, usable(largest_lanes(r->logits + first, CHUNK)));
-        groups.count += 16;
-    }
-    if (k > groups.count) return -__builtin_inff();
-    for (size_t i = 0; i < groups.count; ++i) {
-        groups.ids[i] = (uint32_t)i;
-        groups.weights[i] = 1.0f;
-    }
-    return find_cut(r->maxima, &groups, r->buckets, (double)k).logit;
-}
-
-static void limit_to_k(struct row *r, size_t k) {
-    r->cut = (struct cut){reached_by(r, k), UINT32_MAX};
-    collect(r);
-    r->cut = find_cut(r->logits, &r->candidates, r->buckets, (double)k);
-}
-
-/* e^(z) of 16 logits. */
-MR_INLINE f32x16 weigh(const struct row *r, f32x16 logits) { return mr_exp((usable(logits) - r->top) / r->temperature); }
-
-/* Weights of the candidates; returns their sum. */
-static double weigh_candidates(struct row *r) {
-    struct candidates *c = &r->candidates;
-    double sum = 0.0;
-    for (size_t first = 0; first < c->count; first += 16) {
-        size_t count = mr_min(16, c->count - first);
-        float logits[16] = {0};
-        for (size_t i = 0; i < count; ++i) logits[i] = r->logits[c->ids[first + i]];
-        mr_store_n(c->weights + first, weigh(r, mr_load(logits)), count);
-        for (size_t i = 0; i < count; ++i) sum += c->weights[first + i];
-    }
-    return sum;
-}
-
-/* The same for the whole vocabulary, of which those are candidates that the smallest prefix could need: tokens lighter than their
-   share of the rest weigh less than the rest together. */
-static double weigh_all(struct row *r, float top_p) {
-    struct candidates *c = &r->candidates;
-    f64x16 sums = (f64x16)(0.0);
-    for (size_t id = 0; id < r->vocab_size; id += 16) {
-        size_t count = mr_min(16, r->vocab_size - id);
-        f32x16 weights = weigh(r, count == 16 ? mr_load(r->logits + id) : mr_load_n(r->logits + id, count));
-        mr_store(c->weights + id, weights); /* the last vector may go past V, not past the scratch */
-        for (size_t i = count; i < 16; ++i) weights[i] = 0.0f;
-        sums += __builtin_convertvector(weights, f64x16);
-    }
-    double sum = 0.0;
-    for (size_t i = 0; i < 16; ++i) sum += sums[i];
-    float least = (float)(0.999 * (1.0 - (double)top_p) * sum / (double)r->vocab_size);
-    c->count = 0;
-    for (size_t id = 0; id < r->vocab_size; ++id) {
-        c->ids[c->count] = (uint32_t)id;
-        c->weights[c->count] = c->weights[id];
-        c->count += c->weights[id] >= least;
-    }
-    return sum;
-}
-
-static void limit_to_p(struct row *r, float top_p, int is_limited_to_k) {
-    if (is_limited_to_k) collect(r);
-    double sum = is_limited_to_k ? weigh_candidates(r) : weigh_all(r, top_p);
-    struct cut cut = find_cut(r->logits, &r->candidates, r->buckets, (double)top_p * sum);
-    if (cut.id != UINT32_MAX) r->cut = cut;
-}
+#include "sample_cut.h"
 
 /* ---- the draw ---- */
 
@@ -252,9 +17,9 @@ struct best {
 /* Lanes i, i + 4, ... of 64 floats: what word i of 16 consecutive counters belongs to. */
 MR_INLINE f32x16 every_fourth(const f32x16 *v, const int i) {
 #define FOURTHS(n) n, n + 4, n + 8, n + 12, n + 16, n + 20, n + 24, n + 28
+#define PAIR(a, b, n) __builtin_shufflevector(a, b, FOURTHS(n))
 #define PICK(n)                                                                                                               \
-    __builtin_shufflevector(__builtin_shufflevector(v[0], v[1], FOURTHS(n)), __builtin_shufflevector(v[2], v[3], FOURTHS(n)), 0, \
-                            1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    __builtin_shufflevector(PAIR(v[0], v[1], n), PAIR(v[2], v[3], n), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     switch (i) {
     case 0: return PICK(0);
     case 1: return PICK(1);
@@ -263,10 +28,23 @@ MR_INLINE f32x16 every_fourth(const f32x16 *v, const int i) {
     }
 }
 
-/* 64 tokens from `first` on, which is a multiple of 4. */
-static void draw_group(const struct row *r, const f32x16 *logits, uint32_t first, struct best *best) {
+/* Whether one of the words can lift a token by `lead`: g >= lead means -log(u) <= e^-lead, and 1 - u < -log(u). */
+static int can_lift(const struct philox_words *words, float lead) {
+    if (lead < 0.01f) return 1;
+    u32x16 least = ~words->word[0]; /* 1 - u = (complement + 0.5) / 2^32 */
+    for (int i = 1; i < 4; ++i) {
+        u32x16 complement = ~words->word[i];
+        least = complement < least ? complement : least;
+    }
+    uint32_t most = (uint32_t)(mr_exp(mr_splat(-lead))[0] * (0x1p32f * 1.001f)) + 1; /* a little more than needed */
+    return mr_max_lanes_i32((i32x16)(least <= most) & 1);
+}
+
+/* 64 tokens from `first` on, which is a multiple of 4; `most_z` is the largest of theirs. */
+static void draw_group(const struct row *r, const f32x16 *logits, uint32_t first, float most_z, struct best *best) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     struct philox_words words = philox((u32x16)lane + first / 4, r->position, r->seed);
+    if (!can_lift(&words, best->most - most_z)) return;
     for (int i = 0; i < 4; ++i) {
         f32x16 logit = every_fourth(logits, i);
         i32x16 id = lane * 4 + (int32_t)(first + (uint32_t)i);
@@ -297,7 +75,7 @@ static int64_t draw(const struct row *r) {
         float most = mr_max_lanes(mr_max(mr_max(logits[0], logits[1]), mr_max(logits[2], logits[3])));
         float z = (most - r->top) / r->temperature;
         if (most < r->cut.logit || z < r->least_z || z + LARGEST_GUMBEL < best.most) continue;
-        draw_group(r, logits, (uint32_t)first, &best);
+        draw_group(r, logits, (uint32_t)first, z, &best);
     }
     int32_t winner = INT32_MAX;
     for (size_t i = 0; i < 16; ++i)
@@ -340,7 +118,8 @@ struct sample_run {
 
 static void sample_task(void *user, size_t index, size_t slot) {
     const struct sample_run *run = user;
-    run->sample->token_ids[index] = sample_row(run->sample, index, run->sample->slots ? run->sample->slots + slot * run->slot_bytes : NULL);
+    char *slots = run->sample->slots;
+    run->sample->token_ids[index] = sample_row(run->sample, index, slots ? slots + slot * run->slot_bytes : NULL);
 }
 
 void MR_NAME(mr_sample)(const struct mr_sample *s, const struct mr_parallel *parallel) {

@@ -18,7 +18,7 @@ struct mr_sample {
     char *slots;        /* [workers][mr_sample_slot_bytes], or NULL if no row limits its candidates */
 };
 
-enum { MR_SAMPLE_BUCKETS = 2048 };
+enum { MR_SAMPLE_BUCKETS = 256 };
 
 /* Whether a row keeps only some tokens by top_k or top_p, which takes scratch. */
 MR_INLINE int mr_sample_is_limited(const struct mr_sample *s, size_t row) {

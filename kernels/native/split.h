@@ -20,7 +20,8 @@ struct mr_split {
 
 /* `tile` is the most rows a microkernel takes, `row_bytes` the size of an activation row, `block_cost` the cost of one row
    and one block in MR_TASK_COST's unit. */
-MR_INLINE struct mr_split mr_split_layer(size_t rows, size_t blocks, size_t tile, size_t row_bytes, size_t block_cost, size_t threads) {
+MR_INLINE struct mr_split mr_split_layer(size_t rows, size_t blocks, size_t tile, size_t row_bytes, size_t block_cost,
+                                         size_t threads) {
     size_t panel = mr_max_size(MR_PANEL_BYTES / row_bytes / tile, 1) * tile;
     size_t row_parts = mr_ceil_div(rows, panel);
     size_t wanted = threads > 1 ? threads * MR_TASKS_PER_THREAD : 1;

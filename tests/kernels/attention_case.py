@@ -1,13 +1,13 @@
-"""Sequences for attention tests, and the kernel behind them: run through ctypes in any form, or through ONNX Runtime.
+"""Sequences for attention tests, and the kernel behind them, run through ctypes in any form.
 
-Apart from the tests because a batch has many parts that must agree: a `Story` holds whole sequences of projected tokens, a `Pool` the
-cache and who owns which block; `Pool.step` packs the next tokens of some sequences, runs the kernel and hands back rows.
+Apart from the tests because a batch has many parts that must agree: a `Pool` holds the cache and who owns which block;
+`Pool.step` packs the next tokens of some sequences, runs the kernel and hands back their rows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.library import isa_active, load, set_isa
-from tests.kernels.reference import BLOCK, AttentionBatch, AttentionConfig, Cache, Floats, keys_of, values_of
+from tests.kernels.reference import BLOCK, AttentionBatch, AttentionConfig, Cache, CacheType, Floats, keys_of, values_of
 
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, TASK, ctypes.c_size_t, ctypes.c_void_p)
@@ -31,9 +31,9 @@ class Parallel(ctypes.Structure):
 def parallel(threads: int) -> Parallel:
     """A loop over iterations on that many threads of Python's, the last iteration first."""
 
-    def run(_: int, task: TASK, count: int, user: int) -> None:  # type: ignore[valid-type]
+    def run(_: int, task: Callable[[int, int], None], count: int, user: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(task, user, index) for index in reversed(range(count))]:  # type: ignore[arg-type]
+            for done in [pool.submit(task, user, index) for index in reversed(range(count))]:
                 done.result()
 
     return Parallel(_RUN(run), None, threads)
@@ -50,7 +50,10 @@ def form(name: str | None) -> Iterator[None]:
         set_isa(before)
 
 
-_SIZES = ("num_tokens", "num_seqs", "table_width", "num_blocks", "num_heads", "kv_num_heads", "head_dim", "rotary_dim", "window")
+_SIZES = (
+    *("num_tokens", "num_seqs", "table_width", "num_blocks"),
+    *("num_heads", "kv_num_heads", "head_dim", "rotary_dim", "window"),
+)
 _POINTERS = (
     *("qkv", "cache", "positions", "cu_seqlens", "past_lens", "block_table", "slot_mapping"),
     *("cos_sin", "q_norm", "k_norm", "sinks", "out"),
@@ -131,12 +134,11 @@ class Pool:
     threads: int = 1
 
     @classmethod
-    def empty(
-        cls, config: AttentionConfig, num_blocks: int, dtype: type[np.float16] | type[np.float32], seed: int = 0, threads: int = 1
-    ) -> Pool:
+    def empty(cls, config: AttentionConfig, num_blocks: int, dtype: CacheType, seed: int = 0, threads: int = 1) -> Pool:
         shape = config.layer + 2, 2, num_blocks, config.kv_num_heads, BLOCK * config.padded_dim
         order = np.random.default_rng(seed).permutation(num_blocks).tolist()
-        return cls(config, np.full(shape, np.nan, dtype), order, threads=threads)
+        cache: Cache = np.full(shape, np.nan, dtype)
+        return cls(config, cache, order, threads=threads)
 
     def pack(self, parts: Sequence[tuple[str, Floats]]) -> AttentionBatch:
         """The next tokens of some sequences (name, qkv rows) as one batch; blocks are taken as needed."""
@@ -176,8 +178,8 @@ class Pool:
         at = np.arange(count)
         where = np.array(table, np.int64)[at // BLOCK], slice(None), at % BLOCK
         for part in (keys_of(self.config, self.cache), values_of(self.config, self.cache)):
-            rows = np.zeros((count, self.config.kv_num_heads, self.config.padded_dim), self.cache.dtype)
-            rows[..., : self.config.head_dim] = rng.standard_normal((count, self.config.kv_num_heads, self.config.head_dim))
+            rows = rng.standard_normal((count, self.config.kv_num_heads, self.config.padded_dim))
+            rows[..., self.config.head_dim :] = 0
             part[where] = rows
         self.lengths[name] = count
 
@@ -191,4 +193,5 @@ def cos_sin_table(max_len: int, rotary_dim: int) -> Floats:
 
 def random_qkv(config: AttentionConfig, count: int, rng: np.random.Generator) -> Floats:
     """Projected tokens [count, (H + 2 KV) D]."""
-    return rng.standard_normal((count, (config.num_heads + 2 * config.kv_num_heads) * config.head_dim), dtype=np.float32)
+    heads = config.num_heads + 2 * config.kv_num_heads
+    return rng.standard_normal((count, heads * config.head_dim), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""What PagedAttention and Sample mean, in plain numpy and float64: written from kernels/README.md, slow, and sharing nothing with C.
+"""What PagedAttention and Sample mean, in plain numpy and float64: written from kernels/README.md, not from the C.
 
-Apart from the tests so that the meaning can be read in one place. Attention reads the cache that the kernel left behind (its
-keys and values are checked on their own), so that a key rounded to half the other way does not blur the comparison.
+Apart from the tests so that the meaning can be read in one place. Attention reads the cache that the kernel left behind
+(its keys and values are checked on their own), so that a key rounded to half the other way blurs no comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ BLOCK = 16
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-Cache = NDArray[np.float32] | NDArray[np.float16]
+CacheType = type[np.float16] | type[np.float32]
+Cache = NDArray[np.float16 | np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,14 @@ def _place(config: AttentionConfig, batch: AttentionBatch, x: Doubles, norm: Flo
 
 def keys_of(config: AttentionConfig, cache: Cache) -> Cache:
     """A layer's keys as [blocks, KV, 16, Dp]: a view."""
-    blocks = cache[config.layer, 0].reshape(-1, config.kv_num_heads, config.padded_dim, BLOCK)
+    blocks: Cache = cache[config.layer, 0].reshape(-1, config.kv_num_heads, config.padded_dim, BLOCK)
     return blocks.swapaxes(2, 3)
 
 
 def values_of(config: AttentionConfig, cache: Cache) -> Cache:
     """A layer's values as [blocks, KV, 16, Dp]: a view."""
-    return cache[config.layer, 1].reshape(-1, config.kv_num_heads, BLOCK, config.padded_dim)
+    blocks: Cache = cache[config.layer, 1].reshape(-1, config.kv_num_heads, BLOCK, config.padded_dim)
+    return blocks
 
 
 def attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache) -> Doubles:
@@ -113,7 +115,8 @@ def _softmax(config: AttentionConfig, scores: Doubles, head: int) -> Doubles:
     top = scores.max()
     weights: Doubles = np.exp(scores - top)
     sink = np.exp(float(config.sinks[head]) - top) if config.sinks is not None else 0.0
-    return weights / (weights.sum() + sink)
+    weights /= weights.sum() + sink
+    return weights
 
 
 # ---- sampling ----
@@ -151,9 +154,17 @@ def gumbel(tokens: NDArray[np.int64], seed: int, position: int) -> Doubles:
 
 
 def sample_row(
-    logits: Floats, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int, noise: float = 1e-4
+    logits: Floats,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    position: int,
+    noise: float = 1e-4,
 ) -> Draw:
-    """One row; -1 without a finite logit. Ambiguous: another token, kept or at a filter's edge, is within `noise` of winning."""
+    """One row; -1 without a finite logit. Ambiguous: another token, kept or at a filter's edge, is within `noise`."""
     if not np.isfinite(logits).any():
         return Draw(-1, False)
     usable = np.where(np.isnan(logits), -np.inf, np.minimum(logits, np.finfo(np.float32).max)).astype(np.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -36,8 +36,14 @@ class Params:
 
 
 GREEDY = Params(temperature=0.0)
-_TYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-_TYPES |= {"seed": np.int64, "position": np.int64}
+_TYPES: dict[str, type[np.generic]] = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seed": np.int64,
+    "position": np.int64,
+}
 
 
 class _Sample(ctypes.Structure):
@@ -52,6 +58,18 @@ class _Sample(ctypes.Structure):
 def columns(rows: list[Params]) -> dict[str, NDArray[np.generic]]:
     """The parameters as the operator takes them."""
     return {name: np.array([getattr(row, name) for row in rows], dtype) for name, dtype in _TYPES.items()}
+
+
+def sampling_input(row: Params) -> SamplingInput:
+    """The parameters as the batcher takes them."""
+    return SamplingInput(
+        temperature=np.array([row.temperature], np.float32),
+        top_k=np.array([row.top_k], np.int32),
+        top_p=np.array([row.top_p], np.float32),
+        min_p=np.array([row.min_p], np.float32),
+        seed=np.array([row.seed]),
+        position=np.array([row.position]),
+    )
 
 
 def run_sample(logits: Floats, rows: list[Params], threads: int = 1) -> list[int]:
@@ -172,11 +190,11 @@ def test_a_row_in_a_batch_is_the_row_alone(name: str, rows: list[Params], seed: 
 @settings(max_examples=100, deadline=None)
 @given(logits=logit_rows(), row=params)
 def test_the_definition_in_the_batcher_says_the_same(name: str, logits: Floats, row: Params) -> None:
-    if expected(logits, row).is_ambiguous:
-        return
+    row = replace(row, seed=row.seed & (2**63 - 1))  # it takes no negative seeds
+    assume(not expected(logits, row).is_ambiguous)
     with form(name):
         tokens = run_sample(logits[None], [row])
-    assert tokens == defined_sample(logits[None], SamplingInput(**columns([row]))).tolist()
+    assert tokens == defined_sample(logits[None], sampling_input(row)).tolist()
 
 
 # what is in the row, its logits, the parameters, the token
@@ -230,12 +248,16 @@ def test_of_equal_logits_the_lowest_ids_are_kept(name: str, row: Params, kept: r
     assert set(tokens) == set(kept)
 
 
-@pytest.mark.parametrize("row", [Params(), Params(temperature=0.6), Params(top_k=12), Params(top_p=0.9), Params(min_p=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "row", [Params(), Params(temperature=0.6), Params(top_k=12), Params(top_p=0.9), Params(min_p=0.1)], ids=str
+)
 def test_tokens_are_drawn_as_often_as_the_softmax_says(row: Params) -> None:
     """Chi-square over 20,000 fixed seeds: 99.9 % of right implementations stay below the bound."""
     draws, rng = 20_000, np.random.default_rng(1)
     logits = (rng.standard_normal(40) * 1.5).astype(np.float32)
-    tokens = run_sample(np.tile(logits, (draws, 1)), [replace(row, seed=seed, position=9) for seed in range(draws)], threads=2)
+    tokens = run_sample(
+        np.tile(logits, (draws, 1)), [replace(row, seed=seed, position=9) for seed in range(draws)], threads=2
+    )
     weights = np.exp((logits.astype(np.float64) - logits.max()) / row.temperature)
     order = np.argsort(-logits, kind="stable")
     weights[order[row.top_k or len(order) :]] = 0
@@ -254,7 +276,12 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(row: Params) -> None:
 
 def test_seed_and_position_both_change_the_draw() -> None:
     logits = np.zeros((4, 1000), np.float32)
-    rows = [Params(seed=1, position=2), Params(seed=2, position=1), Params(seed=1 << 32, position=2), Params(seed=1, position=2 << 32)]
+    rows = [
+        Params(seed=1, position=2),
+        Params(seed=2, position=1),
+        Params(seed=1 << 32, position=2),
+        Params(seed=1, position=2 << 32),
+    ]
     assert len(set(run_sample(logits, rows))) == 4
 
 
@@ -293,7 +320,13 @@ def node_of(logits: Floats, rows: list[Params]) -> OneNode:
 
 
 def test_the_operator_runs_in_the_runtime() -> None:
-    rows = [GREEDY, Params(), Params(top_k=5, seed=-3), Params(top_p=0.9, position=2**40), Params(top_k=3, top_p=0.5, min_p=0.1)]
+    rows = [
+        GREEDY,
+        Params(),
+        Params(top_k=5, seed=-3),
+        Params(top_p=0.9, position=2**40),
+        Params(top_k=3, top_p=0.5, min_p=0.1),
+    ]
     logits = np.random.default_rng(2).standard_normal((5, 3000), dtype=np.float32)
     assert run(node_of(logits, rows)).tolist() == run_sample(logits, rows)
 

@@ -37,7 +37,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 def need_file(directory: Path, name: str) -> Path:
     """As find_file, but a file that is not there is refused too."""
     if not directory.is_dir():
-        raise BadCheckpoint(f"{directory.name} is not a directory", param="directory")
+        raise BadCheckpoint(f"{directory} is not a directory", param="directory")
     path = find_file(directory, name)
     if path is None:
         raise BadCheckpoint(f"{directory.name} has no {name}", param=name)

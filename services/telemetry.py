@@ -146,6 +146,7 @@ class GatewayMetrics:
 def _facts(completed: Completed) -> dict[str, object]:
     ms = {"ttft_ms": completed.ttft_s, "queue_ms": completed.queue_s, "total_ms": completed.total_s}
     return {
+        "request": completed.id,
         "model": completed.model,
         "finish_reason": completed.finish_reason,
         "prompt_tokens": completed.prompt_tokens,

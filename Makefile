@@ -11,7 +11,7 @@ EXTRAS_TEST := $(EXTRAS_SERVE),test
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null
 	@# One thread for numpy's matrix products (the shipped model's import): two would fight with ours on a busy machine.
-	@OPENBLAS_NUM_THREADS=1 MILLRACE_PORT=$(PORT) $(BIN)/millrace up
+	@OPENBLAS_NUM_THREADS=1 MILLRACE_PORT=$(PORT) exec $(BIN)/millrace up
 
 test: $(VENV)/.test
 	@$(BIN)/python -m kernels.build >/dev/null

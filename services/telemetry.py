@@ -223,4 +223,5 @@ def configure_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    logging.getLogger("uvicorn.access").disabled = True  # one line a request is the gateway's to write
+    logging.getLogger("uvicorn.access").disabled = True  # one line a request is written by GatewayMetrics
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "debug" else "WARNING")  # its starts and stops

@@ -8,6 +8,7 @@
 #define MR_AHEAD_H
 
 #include "linear.h"
+#include "split.h"
 
 #define MR_STEP_BYTES 256 /* of a block in a step of a pass: 64 floats, or four inputs of 64 int8 columns */
 
@@ -26,6 +27,28 @@ struct mr_passes {
     size_t count, done;
     size_t tiles;
 };
+
+/* The block that this thread multiplies after `block` of a task that ends at block `end`. */
+MR_INLINE size_t mr_next_block(const struct mr_split *split, size_t block, size_t end, size_t next_task) {
+    if (block + 1 < end) return block + 1;
+    size_t next = mr_split_blocks(split, next_task).begin;
+    if (next != block) return next;
+    return mr_min(block + 1, split->blocks - 1); /* other rows of this block come first: share the fetching with them */
+}
+
+/* The passes of a task's rows over a block, among those of all rows: `tile` rows at most and `vectors` of 16 columns a pass. */
+MR_INLINE struct mr_passes mr_passes_over(const void *next_block, size_t block_bytes, const struct mr_split *split,
+                                          struct mr_range rows, size_t tile, size_t vectors) {
+    size_t tiles = split->row_parts * mr_ceil_div(rows.end - rows.begin, tile);
+    size_t passes_a_tile = MR_BLOCK / 16 / vectors;
+    return (struct mr_passes){
+        .next_block = next_block,
+        .block_bytes = block_bytes,
+        .count = tiles * passes_a_tile,
+        .done = tiles * passes_a_tile * rows.begin / split->rows,
+        .tiles = tiles,
+    };
+}
 
 /* The share of the pass that begins now. */
 MR_INLINE struct mr_ahead mr_begin_pass(struct mr_passes *passes) {

@@ -99,8 +99,11 @@ static void store_value(const struct mr_attention *a, const float *value, char *
     }
 }
 
+/* Into the second cache: it waits for more lines at once than the first, and memory answers half as fast again. */
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
+
 static void fetch(const void *from, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+    for (size_t i = 0; i < bytes; i += 64) FETCH((const char *)from + i);
 }
 
 /* Where one KV head of a token is read, in the projection, and written, in the blocks; `keys` is NULL if it has no slot. */

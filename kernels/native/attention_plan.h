@@ -13,7 +13,7 @@ enum {
     TILE_SCORE_BYTES = 768 * 1024, /* scores that stay in a core's own cache */
     COST_CLASSES = 4 * 64,
     TILES_TO_SPARE = 4,      /* for each worker, or heads go separately */
-    SERIAL_COST = 16 * 1024, /* cycles below which waking a thread costs more than it saves */
+    SERIAL_COST = 32 * 1024, /* cycles below which waking a thread costs more than it saves */
 };
 
 /* Keys that a tile's scores cover: from the first block that its first token sees to its last token. */

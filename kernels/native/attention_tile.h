@@ -62,7 +62,7 @@ MR_INLINE void score_tile(const struct score_tile *t, const size_t rows, const s
     for (size_t d = 0; d < t->head_dim; ++d) {
         UNROLL for (size_t u = 0; u < units; ++u) {
             f32x16 k = load_lanes(keys[u], d * 16, is_half);
-            if (is_half) __builtin_prefetch(next[u] + d * 32);
+            if (is_half) FETCH(next[u] + d * 32);
             READ_AGAIN(queries);
             UNROLL for (size_t r = 0; r < rows; ++r) sums[r][u] = mr_fma(mr_splat(queries[r * MR_ROW_FLOATS + d]), k, sums[r][u]);
         }
@@ -105,7 +105,7 @@ MR_INLINE void value_tile(const struct value_tile *t, const size_t rows, const s
         for (; token < stop; ++token, row += row_bytes, next += row_bytes) {
             UNROLL for (size_t u = 0; u < units; ++u) {
                 f32x16 v = load_lanes(row, u * 16, is_half);
-                if (is_half && u % 2 == 0) __builtin_prefetch(next + u * 32);
+                if (is_half && u % 2 == 0) FETCH(next + u * 32);
                 READ_AGAIN(weights);
                 UNROLL for (size_t r = 0; r < rows; ++r) sums[r][u] = mr_fma(mr_splat(weights[r * stride + token]), v, sums[r][u]);
             }

@@ -109,18 +109,12 @@ static void multiply(void *user, size_t index, size_t next) {
     const struct layer *layer = user;
     struct mr_range rows = mr_split_rows(&layer->split, index);
     struct mr_range blocks = mr_split_blocks(&layer->split, index);
-    size_t next_task = mr_split_blocks(&layer->split, next).begin;
     size_t block_floats = layer->args->K * MR_BLOCK;
-    size_t tiles = mr_ceil_div(rows.end - rows.begin, MAX_ROWS);
     for (size_t block = blocks.begin; block < blocks.end; ++block) {
         const float *weight = layer->args->weight + block * block_floats;
-        size_t next_block = block + 1 < blocks.end ? block + 1 : next_task;
-        struct mr_passes passes = {
-            .next_block = (const char *)(layer->args->weight + next_block * block_floats),
-            .block_bytes = block_floats * sizeof(float),
-            .count = tiles * (4 / VECTORS(mr_next_tile(rows.end - rows.begin, MAX_ROWS))),
-            .tiles = tiles,
-        };
+        size_t next_block = mr_next_block(&layer->split, block, blocks.end, next);
+        struct mr_passes passes = mr_passes_over(layer->args->weight + next_block * block_floats, block_floats * sizeof(float), &layer->split, rows,
+                                                 MAX_ROWS, VECTORS(mr_next_tile(rows.end - rows.begin, MAX_ROWS)));
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             f32x16 sums[MAX_ROWS][4];
             height = mr_next_tile(rows.end - row, MAX_ROWS);
@@ -133,8 +127,8 @@ static void multiply(void *user, size_t index, size_t next) {
 void MR_NAME(mr_linear)(const struct mr_linear *args, const struct mr_parallel *parallel) {
     if (args->rows == 0) return;
     struct layer layer = {.args = args, .input = args->norm ? args->scratch : args->x};
-    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MAX_ROWS, args->K * sizeof(float),
-                                 args->K * MULTIPLY_COST, parallel->threads);
+    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MAX_ROWS, args->K * MULTIPLY_COST,
+                                 parallel->threads);
     if (args->norm) normalize(&layer, parallel);
     mr_run_chained(parallel, multiply, mr_split_count(&layer.split), &layer);
 }

@@ -123,18 +123,12 @@ static void multiply(void *user, size_t index, size_t next) {
     const struct layer *layer = user;
     struct mr_range rows = mr_split_rows(&layer->split, index);
     struct mr_range blocks = mr_split_blocks(&layer->split, index);
-    size_t next_task = mr_split_blocks(&layer->split, next).begin;
     size_t block_bytes = mr_ceil_div(layer->args->K, 4) * 4 * MR_BLOCK;
-    size_t tiles = mr_ceil_div(rows.end - rows.begin, MR_DOT_ROWS);
     for (size_t block = blocks.begin; block < blocks.end; ++block) {
         const int8_t *weight = layer->args->weight + block * block_bytes;
-        size_t next_block = block + 1 < blocks.end ? block + 1 : next_task;
-        struct mr_passes passes = {
-            .next_block = (const char *)(layer->args->weight + next_block * block_bytes),
-            .block_bytes = block_bytes,
-            .count = tiles * (4 / MR_DOT_VECTORS(mr_next_tile(rows.end - rows.begin, MR_DOT_ROWS))),
-            .tiles = tiles,
-        };
+        size_t next_block = mr_next_block(&layer->split, block, blocks.end, next);
+        struct mr_passes passes = mr_passes_over(layer->args->weight + next_block * block_bytes, block_bytes, &layer->split, rows,
+                                                 MR_DOT_ROWS, MR_DOT_VECTORS(mr_next_tile(rows.end - rows.begin, MR_DOT_ROWS)));
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             i32x16 sums[MR_DOT_ROWS][4];
             height = mr_next_tile(rows.end - row, MR_DOT_ROWS);
@@ -149,8 +143,8 @@ void MR_NAME(mr_qlinear)(const struct mr_qlinear *args, const struct mr_parallel
     size_t stride = mr_quantized_stride(args->K);
     struct layer layer = {.args = args, .quantized = args->scratch, .stride = stride};
     layer.row_scale = (float *)((char *)args->scratch + args->rows * stride * sizeof(mr_quantized));
-    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MR_DOT_ROWS,
-                                 stride * sizeof(mr_quantized), args->K, parallel->threads);
+    layer.split = mr_split_layer(args->rows, mr_num_blocks(args->N, args->activation), MR_DOT_ROWS, args->K,
+                                 parallel->threads);
     quantize(&layer, parallel);
     mr_run_chained(parallel, multiply, mr_split_count(&layer.split), &layer);
 }

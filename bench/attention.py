@@ -102,6 +102,8 @@ class Runner:
         model = build_graph(shape, self.layers, dtype)
         options = ort.SessionOptions()
         options.register_custom_ops_library(str(library_path()))
+        # Each session has threads of its own, which would go on spinning into the next session's turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self._binding = self._session.io_binding()
         self._feeds = {"kv_cache": self._cache, **step_inputs(shape, case, blocks, rng)}

@@ -10,15 +10,13 @@ the middle are printed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -27,7 +25,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from kernels.library import isa_active, isa_available, library_path, load, set_isa
+from kernels.library import isa_active, isa_available, library_path, set_isa
+from kernels.limits import Limits, measure_limits
 from model_store.packing import num_blocks
 
 COLD_BYTES = 96 << 20  # weights of a graph's copies together: more than any cache here
@@ -74,15 +73,6 @@ ROWS = (1, 4, 8, 32, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the machine can do with all its cores."""
-
-    int8_gops: float  # 2 operations a multiply-add
-    f32_gops: float
-    read_gb_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """One layer with T rows: time of a node, and shares of the two limits."""
 
@@ -97,39 +87,6 @@ class Result:
     peak_share: float
     gb_s: float  # weights read
     read_share: float
-
-
-def measure_limits(num_threads: int) -> Limits:
-    """Peak multiply-adds and reading, all threads at once; the best of a few rounds."""
-    library = load()
-    library.millrace_peak_int8.argtypes = library.millrace_peak_f32.argtypes = [ctypes.c_uint64]
-    library.millrace_peak_int8.restype = library.millrace_peak_f32.restype = ctypes.c_uint64
-    library.millrace_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    words = np.ones((num_threads, 16 << 20), np.uint64)  # 128 MiB a thread
-
-    def read(thread: int) -> int:
-        library.millrace_read(words[thread].ctypes.data, words.shape[1])
-        return words.shape[1] * 8
-
-    def peak(name: str) -> Callable[[int], int]:
-        function = getattr(library, name)
-        return lambda _: int(function(4_000_000))
-
-    with ThreadPoolExecutor(num_threads) as pool:
-
-        def best_rate(work: Callable[[int], int]) -> float:
-            rates = []
-            for _ in range(5):
-                started = time.perf_counter()
-                done = sum(pool.map(work, range(num_threads)))
-                rates.append(done / (time.perf_counter() - started) / 1e9)
-            return max(rates)
-
-        return Limits(
-            int8_gops=2 * best_rate(peak("millrace_peak_int8")),
-            f32_gops=2 * best_rate(peak("millrace_peak_f32")),
-            read_gb_s=best_rate(read),
-        )
 
 
 def open_session(layer: Layer, rng: np.random.Generator) -> ort.InferenceSession:
@@ -201,7 +158,7 @@ def summarize(layer: Layer, rows: int, seconds: list[float], limits: Limits) -> 
     low, _, high = statistics.quantiles(seconds, n=4)
     gops = 2 * rows * layer.inputs * layer.columns / median / 1e9
     gb_s = layer.weight_bytes / median / 1e9
-    peak = limits.int8_gops if layer.operator == "QLinear" else limits.f32_gops
+    peak = (limits.int8_ops_per_s if layer.operator == "QLinear" else limits.f32_ops_per_s) / 1e9
     return Result(
         operator=layer.operator,
         inputs=layer.inputs,
@@ -213,15 +170,15 @@ def summarize(layer: Layer, rows: int, seconds: list[float], limits: Limits) -> 
         gops=gops,
         peak_share=gops / peak,
         gb_s=gb_s,
-        read_share=gb_s / limits.read_gb_s,
+        read_share=gb_s / (limits.read_bytes_per_s / 1e9),
     )
 
 
 def print_table(limits: Limits, results: list[Result]) -> None:
     """The results for people."""
     print(
-        f"kernels {isa_active()}; peak int8 {limits.int8_gops:,.0f} GOP/s, float {limits.f32_gops:,.0f} GOP/s; "
-        f"reading {limits.read_gb_s:.1f} GB/s"
+        f"kernels {isa_active()}; peak int8 {limits.int8_ops_per_s / 1e9:,.0f} GOP/s, "
+        f"float {limits.f32_ops_per_s / 1e9:,.0f} GOP/s; reading {limits.read_bytes_per_s / 1e9:.1f} GB/s"
     )
     print(f"{'layer':<32}{'T':>5}{'us':>10}{'spread':>8}{'GOP/s':>9}{'of peak':>9}{'GB/s':>8}{'of read':>9}")
     for r in results:

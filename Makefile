@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS_SERVE := kernels,import
 EXTRAS_TEST := $(EXTRAS_SERVE),test
 
-.PHONY: serve test check parity golden bench clean
+.PHONY: serve test check parity clean
 
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null

@@ -15,7 +15,7 @@ import pytest
 
 from services.settings import Settings
 from tests.e2e.server import ROOT, serve
-from tests.e2e.test_embedded import LONG
+from tests.e2e.test_embedded import LONG, sse
 
 
 def millrace(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +37,23 @@ def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(shipped_settin
         assert server.process.wait(20) == 0
         with pytest.raises(httpx.TransportError):
             client.get("/livez")
+
+
+def test_a_request_larger_than_the_kv_pool_is_refused_with_its_numbers_while_a_stream_goes_on(
+    shipped_settings: Settings,
+) -> None:
+    with serve(shipped_settings.store, kv_memory_bytes=str(200_000)) as server, server.client() as client:
+        body = {**LONG, "max_tokens": 60}
+        expected = client.post("/generate", json=body).json()["token_ids"]
+        with client.stream("POST", "/generate", json={**body, "stream": True}) as stream, server.client() as other:
+            refused = other.post("/generate", json=LONG)
+            assert refused.status_code == 413
+            error = refused.json()["error"]
+            assert error["code"] == "request_too_large"
+            assert "403" in error["message"]  # 3 + 400 tokens asked for
+            assert "128" in error["message"]  # 8 blocks of 16
+            assert [token for event in sse(stream) for token in event.get("token_ids") or []] == expected  # type: ignore[attr-defined]
+        server.wait_idle()
 
 
 def test_a_taken_port_is_said_in_words(shipped_settings: Settings) -> None:

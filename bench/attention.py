@@ -29,7 +29,7 @@ CacheType = type[np.float16] | type[np.float32]
 
 COLD_BYTES = 96 << 20  # keys and values of a graph's layers together: more than any cache here
 MAX_LAYERS = 400
-MAX_PREFILL_LAYERS = 32  # prefill is not about memory
+ENOUGH_FLOPS = 2 * 10**9  # prefill is not about memory: enough that starting a run does not show
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,9 @@ class Runner:
     def __init__(self, shape: Shape, case: Case, dtype: CacheType, rng: np.random.Generator) -> None:
         blocks = -(-(case.past + case.new) // 16)
         self.kv_bytes = 2 * case.keys_read * shape.kv_num_heads * shape.head_dim * np.dtype(dtype).itemsize
-        self.layers = int(np.clip(COLD_BYTES // self.kv_bytes, 4, MAX_LAYERS if case.new == 1 else MAX_PREFILL_LAYERS))
         self.flops = 4 * case.keys_seen * shape.num_heads * shape.head_dim
+        enough = COLD_BYTES // self.kv_bytes if case.new == 1 else ENOUGH_FLOPS // self.flops
+        self.layers = int(np.clip(enough, 2, MAX_LAYERS))
         num_blocks = case.num_seqs * blocks
         one_layer = 2, num_blocks, shape.kv_num_heads, 16 * shape.head_dim
         self._cache = aligned((self.layers, *one_layer), dtype)

@@ -88,19 +88,29 @@ static void tile(const struct layer *layer, size_t row, size_t rows, const float
     }
 }
 
-static void finish_tile(const struct layer *layer, size_t row, size_t rows, size_t block, f32x16 (*sums)[4]) {
-    const struct mr_linear *args = layer->args;
+/* Where row `row` of a block ends up. */
+MR_INLINE struct mr_finish finish_of(const struct mr_linear *args, size_t row, size_t block) {
     size_t outputs = args->activation == MR_SILU_MUL ? MR_BLOCK / 2 : MR_BLOCK;
-    size_t column = block * outputs;
-    struct mr_finish to = {
+    size_t at = row * args->N + block * outputs;
+    return (struct mr_finish){
         .bias = args->bias ? args->bias + block * MR_BLOCK : NULL,
-        .columns = mr_min(args->N - column, outputs),
+        .residual = args->residual ? args->residual + at : NULL,
+        .y = args->y + at,
+        .columns = mr_min(args->N - block * outputs, outputs),
         .activation = args->activation,
     };
+}
+
+static void expect_tile(const struct layer *layer, size_t row, size_t rows, size_t block) {
     for (size_t r = 0; r < rows; ++r) {
-        size_t at = (row + r) * args->N + column;
-        to.y = args->y + at;
-        to.residual = args->residual ? args->residual + at : NULL;
+        struct mr_finish to = finish_of(layer->args, row + r, block);
+        mr_expect_row(&to);
+    }
+}
+
+static void finish_tile(const struct layer *layer, size_t row, size_t rows, size_t block, f32x16 (*sums)[4]) {
+    for (size_t r = 0; r < rows; ++r) {
+        struct mr_finish to = finish_of(layer->args, row + r, block);
         mr_finish_row(sums[r], &to);
     }
 }
@@ -118,6 +128,7 @@ static void multiply(void *user, size_t index, size_t next) {
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             f32x16 sums[MAX_ROWS][4];
             height = mr_next_tile(rows.end - row, MAX_ROWS);
+            expect_tile(layer, row, height, block);
             tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
         }

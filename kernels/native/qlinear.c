@@ -91,26 +91,37 @@ static void tile(const struct layer *layer, size_t row, size_t rows, const int8_
     }
 }
 
+/* Where row `row` of a block ends up. */
+MR_INLINE struct mr_finish finish_of(const struct mr_qlinear *args, size_t row, size_t block) {
+    size_t outputs = args->activation == MR_SILU_MUL ? MR_BLOCK / 2 : MR_BLOCK;
+    size_t at = row * args->N + block * outputs;
+    return (struct mr_finish){
+        .bias = args->bias ? args->bias + block * MR_BLOCK : NULL,
+        .residual = args->residual ? args->residual + at : NULL,
+        .y = args->y + at,
+        .columns = mr_min(args->N - block * outputs, outputs),
+        .activation = args->activation,
+    };
+}
+
+static void expect_tile(const struct layer *layer, size_t row, size_t rows, size_t block) {
+    for (size_t r = 0; r < rows; ++r) {
+        struct mr_finish to = finish_of(layer->args, row + r, block);
+        mr_expect_row(&to);
+    }
+}
+
 /* Scales, bias, activation and residual of the rows of a tile. */
 static void finish_tile(const struct layer *layer, size_t row, size_t rows, size_t block, i32x16 (*sums)[4]) {
     const struct mr_qlinear *args = layer->args;
-    size_t outputs = args->activation == MR_SILU_MUL ? MR_BLOCK / 2 : MR_BLOCK;
-    size_t column = block * outputs;
     f32x16 scale[4];
     i32x16 offset[4];
     for (size_t j = 0; j < 4; ++j) {
         scale[j] = mr_load(args->scale + block * MR_BLOCK + 16 * j);
         offset[j] = mr_load_i32(args->colsum + block * MR_BLOCK + 16 * j) * MR_DOT_OFFSET;
     }
-    struct mr_finish to = {
-        .bias = args->bias ? args->bias + block * MR_BLOCK : NULL,
-        .columns = mr_min(args->N - column, outputs),
-        .activation = args->activation,
-    };
     for (size_t r = 0; r < rows; ++r) {
-        size_t at = (row + r) * args->N + column;
-        to.y = args->y + at;
-        to.residual = args->residual ? args->residual + at : NULL;
+        struct mr_finish to = finish_of(args, row + r, block);
         f32x16 row_scale = mr_splat(layer->row_scale[row + r]);
         f32x16 values[4];
         for (size_t j = 0; j < 4; ++j)
@@ -132,6 +143,7 @@ static void multiply(void *user, size_t index, size_t next) {
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             i32x16 sums[MR_DOT_ROWS][4];
             height = mr_next_tile(rows.end - row, MR_DOT_ROWS);
+            expect_tile(layer, row, height, block);
             tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
         }

@@ -19,8 +19,10 @@ from model_store.store import Store
 from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block, count_blocks
 from services.machine import Machine, inspect_machine
 from services.settings import Settings
+from wire.messages import Generate
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
+WARM_UP_TOKENS = 32
 PARITY_TOKENS = max(PROMPT_LENGTHS)
 
 
@@ -60,6 +62,17 @@ def open_backend(settings: Settings, model: StoredModel, *, profile: Path | None
 def open_engine(settings: Settings, backend: Backend) -> Engine:
     """An engine around a loaded model, as the settings want it to step."""
     return Engine(backend, target_itl_s=settings.target_itl_ms / 1000)
+
+
+def warm_up(backend: Backend) -> None:
+    """Run one short request to its end: the first client shall not pay for paging in weights and waking threads."""
+    limits = backend.limits
+    room = min(limits.max_model_len, limits.num_blocks * limits.block_size) - 2
+    prompt = list(range(min(WARM_UP_TOKENS, limits.vocab_size, room)))
+    engine = Engine(backend, prefix_cache=False)
+    engine.add(Generate(request_id="warm-up", model=limits.model, prompt_ids=prompt, max_tokens=2))
+    while engine.has_work:
+        engine.step()
 
 
 class ArtifactLogits:

@@ -25,7 +25,7 @@ from gateway.app import create_app
 from gateway.limits import GatewayLimits
 from gateway.models import Models
 from gateway.probes import Health
-from services.loading import StoredModel, find_model, open_backend, open_engine
+from services.loading import StoredModel, find_model, open_backend, open_engine, warm_up
 from services.model_commands import ensure_shipped
 from services.queues.memory import MemoryQueue
 from services.settings import Settings, SettingsError, package_version
@@ -96,6 +96,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
 
 def _worker(settings: Settings, model: StoredModel, queue: MemoryQueue, registry: CollectorRegistry) -> Worker:
     backend = open_backend(settings, model)
+    warm_up(backend)
     model_id = model.manifest.model_id
     engine = open_engine(settings, backend)
     worker = Worker("embedded", model_id, engine, backend.limits, queue, lease_s=settings.lease_s)

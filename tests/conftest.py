@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from services.loading import StoredModel
 from services.settings import Settings
 from tests import shipped as shipped_store
+
+# A shared machine may stall anywhere; how long an example takes proves nothing here.
+hypothesis.settings.register_profile("millrace", deadline=None)
+hypothesis.settings.load_profile("millrace")
 
 
 @pytest.fixture(scope="session")

@@ -208,6 +208,7 @@ TABLE: list[tuple[str, list[float], Params, int]] = [
     ("+inf alone is not finite", [np.inf, np.nan, -np.inf], Params(), -1),
     ("+inf beside a finite logit wins", [0, np.inf, 5], GREEDY, 1),
     ("+inf is the largest float, which stands before it", [0, FLOAT_MAX, np.inf], GREEDY, 1),
+    ("also far before it", [0, FLOAT_MAX] + [0] * 3000 + [np.inf], GREEDY, 1),
     ("+inf also wins a draw", [0, 1, np.inf], Params(), 2),
     ("the last of a long row", [0.0] * 3000 + [1.0], GREEDY, 3000),
     ("top_k 1", [1, 3, 3, 2], Params(top_k=1, temperature=100), 1),

@@ -75,7 +75,7 @@ class Target:
 TARGETS: Final = {
     "x86_64": Target(
         triple="x86_64-linux-gnu.2.28",
-        forms={"portable": "x86_64", "avx2": "x86_64_v3+prfchw", "avx512": "x86_64_v4+avx512vnni+prfchw"},
+        forms={"portable": "x86_64", "avx2": "x86_64_v3", "avx512": "x86_64_v4+avx512vnni"},
         baseline="x86_64",
     ),
     "aarch64": Target(

@@ -101,13 +101,6 @@ MR_INLINE struct mr_finish finish_of(const struct mr_linear *args, size_t row, s
     };
 }
 
-static void expect_tile(const struct layer *layer, size_t row, size_t rows, size_t block) {
-    for (size_t r = 0; r < rows; ++r) {
-        struct mr_finish to = finish_of(layer->args, row + r, block);
-        mr_expect_row(&to);
-    }
-}
-
 static void finish_tile(const struct layer *layer, size_t row, size_t rows, size_t block, f32x16 (*sums)[4]) {
     for (size_t r = 0; r < rows; ++r) {
         struct mr_finish to = finish_of(layer->args, row + r, block);
@@ -128,7 +121,6 @@ static void multiply(void *user, size_t index, size_t next) {
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             f32x16 sums[MAX_ROWS][4];
             height = mr_next_tile(rows.end - row, MAX_ROWS);
-            expect_tile(layer, row, height, block);
             tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
         }

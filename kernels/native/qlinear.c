@@ -104,13 +104,6 @@ MR_INLINE struct mr_finish finish_of(const struct mr_qlinear *args, size_t row, 
     };
 }
 
-static void expect_tile(const struct layer *layer, size_t row, size_t rows, size_t block) {
-    for (size_t r = 0; r < rows; ++r) {
-        struct mr_finish to = finish_of(layer->args, row + r, block);
-        mr_expect_row(&to);
-    }
-}
-
 /* Scales, bias, activation and residual of the rows of a tile. */
 static void finish_tile(const struct layer *layer, size_t row, size_t rows, size_t block, i32x16 (*sums)[4]) {
     const struct mr_qlinear *args = layer->args;
@@ -143,7 +136,6 @@ static void multiply(void *user, size_t index, size_t next) {
         for (size_t row = rows.begin, height; row < rows.end; row += height) {
             i32x16 sums[MR_DOT_ROWS][4];
             height = mr_next_tile(rows.end - row, MR_DOT_ROWS);
-            expect_tile(layer, row, height, block);
             tile(layer, row, height, weight, &passes, sums);
             finish_tile(layer, row, height, block, sums);
         }

@@ -42,14 +42,6 @@ struct mr_finish {
     int32_t activation;
 };
 
-/* Ask for a row's lines of residual and output before its sums are there: other threads had them last, and taking a line over
-   for writing costs as much as fetching it from memory. */
-MR_INLINE void mr_expect_row(const struct mr_finish *to) {
-    for (size_t column = 0; column < to->columns; column += 16) {
-        if (to->residual) __builtin_prefetch(to->residual + column, 0, 3);
-    }
-}
-
 /* Turn the 64 sums of a row and block into outputs. */
 MR_INLINE void mr_finish_row(const f32x16 sums[4], const struct mr_finish *to) {
     f32x16 v[4];

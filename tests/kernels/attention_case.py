@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.library import isa_active, load, set_isa
+from tests.kernels.guarded import before_a_guard
 from tests.kernels.reference import BLOCK, AttentionBatch, AttentionConfig, Cache, CacheType, Floats, keys_of, values_of
 
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
@@ -83,9 +84,12 @@ def scratch_of(num_bytes: int) -> NDArray[np.uint8]:
 
 
 def run_attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache, threads: int = 1) -> Floats:
-    """The kernel of the active form; writes `cache` [L, 2, blocks, KV, 16 Dp] in place and returns [T, H D]."""
-    out = np.full((len(batch.qkv), config.num_heads * config.head_dim), np.nan, np.float32)
-    arrays = {
+    """The kernel of the active form; writes `cache` [L, 2, blocks, KV, 16 Dp] in place and returns [T, H D].
+
+    Every other tensor ends where memory ends.
+    """
+    out = before_a_guard(np.full((len(batch.qkv), config.num_heads * config.head_dim), np.nan, np.float32))
+    read = {
         "qkv": batch.qkv,
         "positions": batch.positions,
         "cu_seqlens": batch.cu_seqlens,
@@ -96,9 +100,9 @@ def run_attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache, 
         "q_norm": config.q_norm,
         "k_norm": config.k_norm,
         "sinks": config.sinks,
-        "cache": cache[config.layer],
-        "out": out,
     }
+    arrays = {name: before_a_guard(array) for name, array in read.items() if array is not None}
+    arrays |= {"cache": cache[config.layer], "out": out}
     arguments = _Attention(
         num_tokens=len(batch.qkv),
         num_seqs=len(batch.past_lens),
@@ -113,7 +117,7 @@ def run_attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache, 
         softcap=config.softcap,
         norm_epsilon=config.norm_epsilon,
         cache_is_half=cache.dtype == np.float16,
-        **{name: None if array is None else array.ctypes.data for name, array in arrays.items()},
+        **{name: array.ctypes.data for name, array in arrays.items()},
     )
     library, loop = load(), parallel(threads)
     library.millrace_attention_plan.restype = ctypes.c_size_t

@@ -2,9 +2,8 @@
 
 Runs graphs of one operator many times over, each copy with weights of its own, in ONNX Runtime on its own threads: so
 weights come from memory, as they do in a model, and the runtime's cost of starting a node is counted. Beside each
-time stand the two limits, measured in the same minute: multiply-adds of a loop over registers, and reading memory in
-order. Rounds go through all cases in turn, so that a noisy second hurts every case alike; medians and the spread of
-the middle are printed.
+time stand the two limits, measured before and after every layer: multiply-adds of a loop over registers, and reading
+memory in order. Rounds go through all numbers of rows in turn, so that a noisy second hurts every case alike.
 """
 
 from __future__ import annotations

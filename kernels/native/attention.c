@@ -1,9 +1,10 @@
 /* PagedAttention: rotary embedding, writing keys and values to their blocks, causal attention over the block table.
 
    One form of the kernel (README.md has the meaning, attention_plan.h the cut into tiles, attention_kv.h the writing,
-   attention_tile.h the inner loops). First all keys and values are written, then every (tile of query tokens, KV head) is computed by whichever worker is free: scores of
-   all its keys, a two-pass softmax for each row, the weighted sum of the values. A row's numbers are made in one order whatever
-   tile it is in, so they do not depend on chunking, neighbours, threads, or where its blocks lie. */
+   attention_tile.h the inner loops). First all keys and values are written, then every (tile of query tokens, KV head) is computed
+   by whichever worker is free: scores of all its keys, a two-pass softmax for each row, the weighted sum of the values. A row's
+   numbers are made in one order whatever tile it is in, so they do not depend on chunking, neighbours, threads, or where its
+   blocks lie. */
 #include "attention_kv.h"
 #include "attention_tile.h"
 #include "vecmath.h"

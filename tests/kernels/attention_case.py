@@ -89,7 +89,7 @@ def run_attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache, 
     Every other tensor ends where memory ends.
     """
     out = before_a_guard(np.full((len(batch.qkv), config.num_heads * config.head_dim), np.nan, np.float32))
-    read = {
+    read: dict[str, NDArray[np.generic] | None] = {
         "qkv": batch.qkv,
         "positions": batch.positions,
         "cu_seqlens": batch.cu_seqlens,
@@ -101,7 +101,9 @@ def run_attention(config: AttentionConfig, batch: AttentionBatch, cache: Cache, 
         "k_norm": config.k_norm,
         "sinks": config.sinks,
     }
-    arrays = {name: before_a_guard(array) for name, array in read.items() if array is not None}
+    arrays: dict[str, NDArray[np.generic]] = {
+        name: before_a_guard(array) for name, array in read.items() if array is not None
+    }
     arrays |= {"cache": cache[config.layer], "out": out}
     arguments = _Attention(
         num_tokens=len(batch.qkv),

@@ -22,8 +22,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
-from kernels.library import isa_active, isa_available, library_path, set_isa, threads
 from kernels.limits import Limits, measure_limits
+from kernels.loader import isa_active, isa_available, library_path, set_isa, threads
 
 CacheType = type[np.float16] | type[np.float32]
 

@@ -24,8 +24,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from kernels.library import isa_active, isa_available, library_path, set_isa
 from kernels.limits import Limits, measure_limits
+from kernels.loader import isa_active, isa_available, library_path, set_isa
 from model_store.packing import num_blocks
 
 COLD_BYTES = 96 << 20  # weights of a graph's copies together: more than any cache here

@@ -1,6 +1,6 @@
 """Compile the native operators: `python -m kernels.build`.
 
-Apart from library.py because building needs the compiler (ziglang, a complete clang from PyPI) and serving does not.
+Apart from loader.py because building needs the compiler (ziglang, a complete clang from PyPI) and serving does not.
 Every kernel source is compiled once per form (portable, AVX2, AVX-512), the rest once for the baseline processor; all
 of it goes into one shared library without a libc. A hash of sources, flags and compiler version beside the library
 says whether it is current.

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels import library
+from kernels import loader
 
 _ROUNDS = 400_000
 _READ_WORDS = 16 * 2**20  # 128 MiB: beyond any cache of a core
@@ -37,7 +37,7 @@ def _memory() -> NDArray[np.uint64]:
 
 def measure_limits(threads: int) -> Limits:
     """Measure all three on `threads` threads, a few tenths of a second in all."""
-    native = library.load()
+    native = loader.load()
     native.millrace_peak_int8.argtypes = native.millrace_peak_f32.argtypes = [ctypes.c_uint64]
     native.millrace_peak_int8.restype = native.millrace_peak_f32.restype = ctypes.c_uint64
     native.millrace_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]

@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 
 from batcher.engine import Engine
-from kernels import library
+from kernels import loader
 from kernels.limits import Limits, measure_limits
 from model_store.manifest import WEIGHTS_FILE, ModelManifest
 from services.backends.onnxruntime import OnnxRuntimeBackend
@@ -80,7 +80,7 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
     report = {
         "model": model.manifest.model_id,
         "scheme": model.manifest.scheme,
-        "kernels": library.isa_active(),
+        "kernels": loader.isa_active(),
         "threads": threads,
         "workload": asdict(workload),
         "limits": {

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kernels.library import KernelsUnavailable
+from kernels.loader import KernelsUnavailable
 from services.settings import SettingsError, add_flags, package_version, read_settings
 from wire.errors import BadRequest, MillraceError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from kernels import library
+from kernels import loader
 from model_store.store import Store
 from services.loading import describe, find_model
 from services.machine import inspect_machine
@@ -19,8 +19,8 @@ def doctor(settings: Settings, *, as_json: bool) -> int:
     instruction_sets: list[str] = []
     active = "none"
     try:
-        instruction_sets, active = list(library.isa_available()), library.isa_active()
-    except library.KernelsUnavailable as error:
+        instruction_sets, active = list(loader.isa_available()), loader.isa_active()
+    except loader.KernelsUnavailable as error:
         problems.append(str(error))
     stored = Store(settings.store).list()
     models = [describe(settings, find_model(settings, manifest.model_id), machine) for manifest in stored]

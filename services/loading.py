@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from batcher.backend import Backend, ModelInput, SamplingInput
 from batcher.engine import Engine
-from kernels import library
+from kernels import loader
 from model_store.manifest import ModelManifest, read_manifest
 from model_store.parity import PROMPT_LENGTHS
 from model_store.store import Store
@@ -54,8 +54,8 @@ def step_limits(settings: Settings, machine: Machine | None = None) -> StepLimit
 def open_backend(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
     """Load the model. The instruction set is chosen first: the kernels read it when they are created."""
     limits = step_limits(settings)
-    library.set_isa(None if settings.kernels == "auto" else settings.kernels)
-    library.set_threads(limits.threads)
+    loader.set_isa(None if settings.kernels == "auto" else settings.kernels)
+    loader.set_threads(limits.threads)
     return OnnxRuntimeBackend(model.directory, model.manifest, limits, profile=profile)
 
 

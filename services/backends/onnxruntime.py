@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from batcher.backend import BackendError, BackendErrorKind, BackendLimits, ModelInput, SamplingInput, StepOutput
-from kernels.library import library_path
+from kernels.loader import library_path
 from model_store.manifest import GRAPH_FILE, ModelManifest
 
 _BATCH_INPUTS: Final = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.library import isa_active, load, set_isa
+from kernels.loader import isa_active, load, set_isa
 from tests.kernels.guarded import before_a_guard
 from tests.kernels.reference import BLOCK, AttentionBatch, AttentionConfig, Cache, CacheType, Floats, keys_of, values_of
 

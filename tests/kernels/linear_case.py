@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.library import load
+from kernels.loader import load
 from model_store.packing import column_sums, num_blocks, pack_float, pack_int8, pad_columns, split_gate_up
 from tests.kernels.attention_case import Parallel
 from tests.kernels.guarded import Place, in_place

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from kernels.library import KernelsUnavailable, isa_active, isa_available, set_isa, set_threads, threads
+from kernels.loader import KernelsUnavailable, isa_active, isa_available, set_isa, set_threads, threads
 from model_store.packing import pack_float, pack_int8
 from tests.kernels.attention_case import form
 from tests.kernels.linear_case import Layer, packed, random_layer, run_layer

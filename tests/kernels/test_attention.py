@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kernels.library import isa_available
+from kernels.loader import isa_available
 from tests.kernels.attention_case import TASK, Pool, cos_sin_table, form, parallel, random_qkv, run_attention
 from tests.kernels.reference import (
     AttentionBatch,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernels.build import BuildError, build, is_current, library_file, main, source_fingerprint
-from kernels.library import library_path
+from kernels.loader import library_path
 
 MACHINE = platform.machine()
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.library import isa_available, load
+from kernels.loader import isa_available, load
 from model_store.packing import num_blocks, pack_float, pack_int8, pad_columns
 from tests.kernels.attention_case import Parallel, form, parallel
 from tests.kernels.guarded import before_a_guard

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.library import isa_available
+from kernels.loader import isa_available
 from tests.kernels.attention_case import form, parallel
 from tests.kernels.guarded import before_a_guard
 from tests.kernels.linear_case import Floats, Layer, assert_is_expected, layers, random_layer, run_layer

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from batcher.backend import SamplingInput
 from batcher.sampling import sample as defined_sample
-from kernels.library import isa_available, load
+from kernels.loader import isa_available, load
 from tests.kernels.attention_case import form, parallel, scratch_of
 from tests.kernels.guarded import before_a_guard
 from tests.kernels.one_node import OneNode, failure, run

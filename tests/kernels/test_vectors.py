@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.library import isa_available, load
+from kernels.loader import isa_available, load
 from tests.kernels.attention_case import form
 from tests.kernels.linear_case import Floats, fused, sum_lanes
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from kernels.library import library_path
+from kernels.loader import library_path
 from model_store.manifest import GRAPH_FILE, ModelManifest
 
 TokenIds = NDArray[np.int64]

@@ -25,7 +25,7 @@ struct layer {
 };
 
 #define ROWS_PER_TASK 8
-#define PARALLEL_NORM 32768 /* elements from which normalizing is worth a parallel loop */
+#define PARALLEL_NORM 65536 /* elements from which normalizing is worth a parallel loop */
 #define MULTIPLY_COST 4     /* a float multiply-add takes four times as long as an int8 one */
 
 static void normalize_rows(void *user, size_t index) {

@@ -16,7 +16,7 @@ struct layer {
 };
 
 #define ROWS_PER_TASK 8
-#define PARALLEL_QUANTIZE 32768 /* elements from which quantizing is worth a parallel loop */
+#define PARALLEL_QUANTIZE 65536 /* elements from which quantizing is worth a parallel loop */
 
 /* ---- quantizing ---- */
 

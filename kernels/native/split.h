@@ -56,7 +56,7 @@ MR_INLINE size_t mr_next_tile(size_t rows_left, size_t tile) {
 
 /* ---- stretches ---- */
 
-/* A task that also learns which one its thread does next (`next` == index: none), so that it can fetch for it. */
+/* A task that also learns which one its thread probably does next (`next` == index: nobody knows), to fetch for it. */
 typedef void (*mr_chained_task)(void *user, size_t index, size_t next);
 
 #define MR_MAX_STRETCHES 64
@@ -73,32 +73,19 @@ struct mr_chain_ {
     struct mr_stretch_ stretches[MR_MAX_STRETCHES];
 };
 
-#define MR_NO_TASK ((size_t)-1)
-
-/* The next task for a thread that is on stretch `*at`: when a stretch is used up, help with the one after it. */
-MR_INLINE size_t mr_claim_(struct mr_chain_ *chain, size_t *at, size_t *stretches_left) {
-    while (*stretches_left) {
-        struct mr_stretch_ *stretch = &chain->stretches[*at];
-        size_t index = __atomic_fetch_add(&stretch->claimed, 1, __ATOMIC_RELAXED);
-        if (index < stretch->end) return index;
-        *at = *at + 1 < chain->num_stretches ? *at + 1 : 0;
-        --*stretches_left;
-    }
-    return MR_NO_TASK;
-}
-
 static void mr_chain_worker_(void *user, size_t slot) {
     struct mr_chain_ *chain = user;
-    size_t at = slot % chain->num_stretches, stretches_left = chain->num_stretches;
-    size_t index = mr_claim_(chain, &at, &stretches_left);
-    while (index != MR_NO_TASK) {
-        size_t next = mr_claim_(chain, &at, &stretches_left);
-        chain->task(chain->user, index, next == MR_NO_TASK ? index : next);
-        index = next;
+    for (size_t i = 0; i < chain->num_stretches; ++i) { /* its own stretch, then what is left of the others */
+        struct mr_stretch_ *stretch = &chain->stretches[(slot + i) % chain->num_stretches];
+        for (;;) {
+            size_t index = __atomic_fetch_add(&stretch->claimed, 1, __ATOMIC_RELAXED);
+            if (index >= stretch->end) break;
+            chain->task(chain->user, index, index + 1 < stretch->end ? index + 1 : index);
+        }
     }
 }
 
-/* Run task(user, index, next) for every index in [0, count): each thread claims one task ahead of the one it does. */
+/* Run task(user, index, next) for every index in [0, count). */
 static inline void mr_run_chained(const struct mr_parallel *parallel, mr_chained_task task, size_t count, void *user) {
     size_t workers = mr_slot_count(parallel, count);
     struct mr_chain_ chain;

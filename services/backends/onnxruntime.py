@@ -7,6 +7,7 @@ used.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from batcher.backend import BackendError, BackendErrorKind, BackendLimits, Model
 from kernels.loader import library_path
 from model_store.manifest import GRAPH_FILE, ModelManifest
 
+CACHE_LINE_BYTES: Final = 64
 _BATCH_INPUTS: Final = (
     "input_ids", "positions", "cu_seqlens", "past_lens", "block_table", "slot_mapping", "logits_rows",
 )  # fmt: skip
@@ -39,6 +41,7 @@ class StepLimits:
     max_batch_seqs: int
     kv_memory_bytes: int
     threads: int
+    shares_cores: bool = False  # other models compute in this process
 
 
 def bytes_per_block(manifest: ModelManifest) -> int:
@@ -77,8 +80,8 @@ class OnnxRuntimeBackend:
             max_model_len=geometry.max_model_len,
             vocab_size=geometry.vocab_size,
         )
-        self._session = _open(directory / GRAPH_FILE, limits.threads, profile)
-        self._kv_cache = np.zeros((geometry.num_layers, 2, num_blocks, *kv.block_shape), dtype=kv.dtype)
+        self._session = _open(directory / GRAPH_FILE, limits, profile)
+        self._kv_cache = _aligned_zeros((geometry.num_layers, 2, num_blocks, *kv.block_shape), np.dtype(kv.dtype))
         self._token_ids = np.zeros(self._limits.max_batch_seqs, dtype=np.int64)
         self._logits = np.zeros((self._limits.max_batch_seqs, geometry.vocab_size), dtype=np.float32)
         self._binding = self._session.io_binding()
@@ -123,16 +126,26 @@ class OnnxRuntimeBackend:
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-def _open(graph: Path, threads: int, profile: Path | None) -> ort.InferenceSession:
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Zeros whose first byte begins a cache line; the system gives the memory when it is first written."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE_BYTES
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _open(graph: Path, limits: StepLimits, profile: Path | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = limits.threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     # The graph is written as it should run; the optimiser has nothing to add and costs load time.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_pattern = False  # shapes change every step
-    # ONNX Runtime's threads spin for a moment after a step before they sleep (its default). Stopping them at once was
-    # measured 5 to 8 % slower at one stream: the next step begins by waking them.
+    # ONNX Runtime's threads spin for a moment after a step before they sleep. Stopping them at once was measured 5 to
+    # 8 % slower at one stream (the next step begins by waking them), but beside another session they take its cores.
+    if limits.shares_cores:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     if profile is not None:
         options.enable_profiling = True

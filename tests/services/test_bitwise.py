@@ -42,9 +42,8 @@ class OneModel:
     def backend(self, *, blocks: int = 512, batch_tokens: int = 512, threads: int = 2) -> RecordingBackend:
         key = (blocks, batch_tokens, threads)
         if key not in self._open:
-            limits = StepLimits(
-                batch_tokens, min(64, batch_tokens), blocks * bytes_per_block(self._model.manifest), threads
-            )
+            kv_memory_bytes = blocks * bytes_per_block(self._model.manifest)
+            limits = StepLimits(batch_tokens, min(64, batch_tokens), kv_memory_bytes, threads, shares_cores=True)
             self._open[key] = OnnxRuntimeBackend(self._model.directory, self._model.manifest, limits)
         return RecordingBackend(self._open[key])
 

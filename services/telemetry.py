@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -156,22 +156,32 @@ def _facts(completed: Completed) -> dict[str, object]:
     }
 
 
-class EngineCollector(Collector):
-    """Reads an engine's load when Prometheus scrapes: a step pays nothing for being watched."""
+@dataclass(frozen=True, slots=True)
+class EngineSource:
+    """One engine to watch."""
 
-    def __init__(self, model_id: str, load: Callable[[], EngineLoad], is_alive: Callable[[], bool]) -> None:
-        self._labels = (model_id, ENGINE_LABEL)
-        self._load = load
-        self._is_alive = is_alive
+    model_id: str
+    load: Callable[[], EngineLoad]
+    is_alive: Callable[[], bool]
+
+
+class EngineCollector(Collector):
+    """Reads the engines' loads when Prometheus scrapes: a step pays nothing for being watched.
+
+    One for all engines, because a metric's name and type may be said only once in an answer.
+    """
+
+    def __init__(self, sources: Sequence[EngineSource]) -> None:
+        self._sources = sources
 
     def collect(self) -> Iterable[Metric]:
-        load = self._load()
-        values = engine_values(load, is_alive=self._is_alive())
+        read = [(each.model_id, engine_values(each.load(), is_alive=each.is_alive())) for each in self._sources]
         for spec in ENGINE_METRICS:
             family = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
             metric = family(spec.name, spec.meaning, labels=spec.labels)
-            for extra, value in values[spec.name]:
-                metric.add_metric((*self._labels, *extra), value)
+            for model_id, values in read:
+                for extra, value in values[spec.name]:
+                    metric.add_metric((model_id, ENGINE_LABEL, *extra), value)
             yield metric
 
 

@@ -29,7 +29,7 @@ from services.loading import StoredModel, find_model, open_backend, open_engine,
 from services.model_commands import ensure_shipped
 from services.queues.memory import MemoryQueue
 from services.settings import Settings, SettingsError, package_version
-from services.telemetry import EngineCollector, GatewayMetrics, configure_logging
+from services.telemetry import EngineCollector, EngineSource, GatewayMetrics, configure_logging
 from services.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def up(settings: Settings) -> int:
 async def _serve(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:
     queue = MemoryQueue(lease_ms=int(settings.lease_s * 1000), max_queued_tokens=settings.max_queued_tokens)
     registry = CollectorRegistry()
-    workers = [_worker(settings, model, queue, registry) for model in models]
+    workers = [_worker(settings, model, queue) for model in models]
+    registry.register(EngineCollector([_source(worker) for worker in workers]))
     draining = asyncio.Event()
 
     def health() -> Health:
@@ -94,14 +95,15 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
     return 1 if failures else 0
 
 
-def _worker(settings: Settings, model: StoredModel, queue: MemoryQueue, registry: CollectorRegistry) -> Worker:
+def _worker(settings: Settings, model: StoredModel, queue: MemoryQueue) -> Worker:
     backend = open_backend(settings, model)
     warm_up(backend)
-    model_id = model.manifest.model_id
     engine = open_engine(settings, backend)
-    worker = Worker("embedded", model_id, engine, backend.limits, queue, lease_s=settings.lease_s)
-    registry.register(EngineCollector(model_id, lambda: worker.load, lambda: worker.is_alive))
-    return worker
+    return Worker("embedded", model.manifest.model_id, engine, backend.limits, queue, lease_s=settings.lease_s)
+
+
+def _source(worker: Worker) -> EngineSource:
+    return EngineSource(worker.model_id, lambda: worker.load, lambda: worker.is_alive)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -3,7 +3,7 @@ PORT ?= 8000
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS_SERVE := kernels,import
+EXTRAS_SERVE := cpu,kernels,import
 EXTRAS_TEST := $(EXTRAS_SERVE),test
 
 .PHONY: serve test check parity clean

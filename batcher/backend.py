@@ -6,6 +6,7 @@ brackets). The batcher owns this file because it is the side that uses it; imple
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -54,10 +55,15 @@ class SamplingInput:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step computed. `logits` is a view that the next forward overwrites: copy what you keep."""
+    """What a step computed. The logits stay where they are until somebody asks: on a GPU they would cost a copy."""
 
     token_ids: NDArray[np.int64]  # [R]
-    logits: NDArray[np.float32]  # [R, V]
+    read_logits: Callable[[], NDArray[np.float32]]
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """[R, V], a view that the next forward overwrites: read before it, copy what you keep."""
+        return self.read_logits()
 
 
 class BackendErrorKind(Enum):

@@ -2,8 +2,9 @@
 
 Apart from loader.py because building needs the compiler (ziglang, a complete clang from PyPI) and serving does not.
 Every kernel source is compiled once per form (portable, AVX2, AVX-512), the rest once for the baseline processor; all
-of it goes into one shared library without a libc. A hash of sources, flags and compiler version beside the library
-says whether it is current.
+of it goes into one shared library without a libc. A second, small library holds the operators of the CUDA target, which
+only launch (the GPU's own code is compiled when a model is opened: kernels/cuda/compiler.py). A hash of sources, flags
+and compiler version beside the first library says whether both are current.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Final
 
 NATIVE_DIR: Final = Path(__file__).parent / "native"
+CUDA_DIR: Final = Path(__file__).parent / "cuda"
 BUILD_DIR: Final = Path(__file__).parent / "build"
 LIBRARY_FILE: Final = "libmillrace_kernels.so"
+CUDA_LIBRARY_FILE: Final = "libmillrace_cuda.so"
 
 # Compiled once per form, with -DMR_ISA=<form>.
 FORM_SOURCES: Final = ("qlinear.c", "linear.c", "embed.c", "attention.c", "sample.c", "measure.c", "probe.c", "table.c")
@@ -42,6 +45,11 @@ COMMON_SOURCES: Final = (
     "ops.c",
     "sample_op.c",
     "scratch.c",
+)
+# The second library: its operators, and what it shares with the first.
+CUDA_SOURCES: Final = (
+    CUDA_DIR / "linear_op.c",
+    *(NATIVE_DIR / name for name in ("abi.c", "message.c", "mem.c", "scratch.c")),
 )
 
 FLAGS: Final = (
@@ -94,24 +102,30 @@ def library_file(machine: str) -> Path:
     return directory / LIBRARY_FILE
 
 
+def cuda_library_file(machine: str) -> Path:
+    """Where the CUDA target's operators for `machine` are built: beside the other library."""
+    return library_file(machine).with_name(CUDA_LIBRARY_FILE)
+
+
 def build(machine: str, *, force: bool = False) -> bool:
-    """Bring the library for `machine` up to date; true if it was compiled, false if current. Raises BuildError."""
+    """Bring the libraries for `machine` up to date; true if they were compiled, false if current. Raises BuildError."""
     library = library_file(machine)
     fingerprint = source_fingerprint(machine)
     if not force and is_current(library, fingerprint):
         return False
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compile-", dir=library.parent) as scratch:
-        fresh = _compile(TARGETS[machine], Path(scratch))
-        os.replace(fresh, library)  # a process that has the old library mapped keeps it
+        for fresh in _compile(TARGETS[machine], Path(scratch)):
+            os.replace(fresh, library.with_name(fresh.name))  # a process that has the old library mapped keeps it
     _fingerprint_file(library).write_text(fingerprint + "\n")
     return True
 
 
 def is_current(library: Path, fingerprint: str) -> bool:
-    """Whether `library` was built from exactly these sources, flags and compiler."""
+    """Whether `library` and the one beside it were built from exactly these sources, flags and compiler."""
     recorded = _fingerprint_file(library)
-    return library.is_file() and recorded.is_file() and recorded.read_text().strip() == fingerprint
+    is_there = library.is_file() and library.with_name(CUDA_LIBRARY_FILE).is_file()
+    return is_there and recorded.is_file() and recorded.read_text().strip() == fingerprint
 
 
 def source_fingerprint(machine: str, native: Path = NATIVE_DIR) -> str:
@@ -121,7 +135,7 @@ def source_fingerprint(machine: str, native: Path = NATIVE_DIR) -> str:
     digest = hashlib.sha256()
     for fact in (compiler_version(), repr(TARGETS[machine]), repr((FLAGS, LINK_FLAGS, FORM_SOURCES, COMMON_SOURCES))):
         digest.update(fact.encode() + b"\0")
-    for path in sorted(native.glob("*.[ch]")):
+    for path in sorted((*native.glob("*.[ch]"), *CUDA_DIR.glob("*.c")), key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -138,31 +152,45 @@ def _fingerprint_file(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
-def _compile(target: Target, scratch: Path) -> Path:
-    """Compile all units in parallel and link them; returns the library inside `scratch`."""
+def _compile(target: Target, scratch: Path) -> list[Path]:
+    """Compile all units in parallel and link them; returns the libraries inside `scratch`."""
     # The compiler's own caches live and die with the scratch folder: a build leaves nothing in the home directory.
     env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(scratch / "global"), "ZIG_LOCAL_CACHE_DIR": str(scratch / "local")}
-    commands = list(_compile_commands(target, scratch))
+    units = {
+        scratch / LIBRARY_FILE: list(_compile_commands(target, scratch)),
+        scratch / CUDA_LIBRARY_FILE: list(_cuda_commands(target, scratch)),
+    }
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for outcome in [pool.submit(_run, command, env) for command in commands]:
+        for outcome in [pool.submit(_run, command, env) for commands in units.values() for command in commands]:
             outcome.result()
-    library = scratch / LIBRARY_FILE
-    objects = [command[-1] for command in commands]
-    _run([*_clang(), "-target", target.triple, *LINK_FLAGS, "-o", str(library), *objects], env)
-    return library
+    for library, commands in units.items():
+        objects = [command[-1] for command in commands]
+        _run([*_clang(), "-target", target.triple, *LINK_FLAGS, "-o", str(library), *objects], env)
+    return list(units)
 
 
 def _compile_commands(target: Target, scratch: Path) -> Iterator[list[str]]:
     """One compiler call per unit; the last argument is the object file."""
-    base = [*_clang(), "-target", target.triple, *FLAGS, "-I", str(NATIVE_DIR)]
     for form, cpu in target.forms.items():
         for source in FORM_SOURCES:
-            unit = [*base, f"-mcpu={cpu}", f"-DMR_ISA={form}", "-c", str(NATIVE_DIR / source)]
-            yield [*unit, "-o", str(scratch / f"{Path(source).stem}_{form}.o")]
+            object_file = scratch / f"{Path(source).stem}_{form}.o"
+            yield _compile_command(target, NATIVE_DIR / source, object_file, f"-mcpu={cpu}", f"-DMR_ISA={form}")
     for source in COMMON_SOURCES:
-        extra = ["-fno-builtin"] if source == "mem.c" else []
-        unit = [*base, f"-mcpu={target.baseline}", *extra, "-c", str(NATIVE_DIR / source)]
-        yield [*unit, "-o", str(scratch / f"{Path(source).stem}.o")]
+        object_file = scratch / f"{Path(source).stem}.o"
+        yield _compile_command(target, NATIVE_DIR / source, object_file, f"-mcpu={target.baseline}")
+
+
+def _cuda_commands(target: Target, scratch: Path) -> Iterator[list[str]]:
+    """The same for the CUDA target's library."""
+    for source in CUDA_SOURCES:
+        yield _compile_command(target, source, scratch / f"cuda_{source.stem}.o", f"-mcpu={target.baseline}")
+
+
+def _compile_command(target: Target, source: Path, object_file: Path, *flags: str) -> list[str]:
+    # mem.c defines what clang would otherwise make of its loops.
+    builtin = ["-fno-builtin"] if source.name == "mem.c" else []
+    command = [*_clang(), "-target", target.triple, *FLAGS, "-I", str(NATIVE_DIR), *flags, *builtin]
+    return [*command, "-c", str(source), "-o", str(object_file)]
 
 
 def _clang() -> list[str]:

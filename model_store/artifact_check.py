@@ -33,7 +33,9 @@ class _Message(Protocol):
     def ListFields(self) -> Sequence[tuple[_Field, Any]]: ...  # noqa: N802 (protobuf's name)
 
 
-DOMAINS = frozenset({"", "millrace"})
+DOMAINS = frozenset({"", "millrace", "com.microsoft"})
+# Of ONNX Runtime's own operators, those our writers use; others (EPContext) read files by a path in an attribute.
+MICROSOFT_OPERATORS = frozenset({"PagedAttention", "MatMulNBits", "QuickGelu"})
 MAX_GRAPH_BYTES = 64 << 20  # weights are outside; the largest graphs have a few hundred kB
 EXTERNAL_KEYS = frozenset({"location", "offset", "length"})
 
@@ -93,6 +95,8 @@ def check_graph(directory: Path, manifest: ModelManifest) -> None:
     for message in _messages(model):
         if isinstance(message, onnx.OperatorSetIdProto | onnx.NodeProto) and message.domain not in DOMAINS:
             raise BadArtifact(f"{manifest.model_id}: {GRAPH_FILE} uses the operator domain {message.domain[:80]!r}")
+        if isinstance(message, onnx.NodeProto):
+            _check_operator(message, manifest)
         if isinstance(message, onnx.TensorProto):
             _check_tensor(message, manifest)
 
@@ -106,6 +110,11 @@ def _messages(message: _Message) -> Iterator[_Message]:
         for field, value in current.ListFields():
             if field.message_type is not None:
                 pending += [value] if hasattr(value, "ListFields") else value
+
+
+def _check_operator(node: onnx.NodeProto, manifest: ModelManifest) -> None:
+    if node.domain == "com.microsoft" and node.op_type not in MICROSOFT_OPERATORS:
+        raise BadArtifact(f"{manifest.model_id}: {GRAPH_FILE} uses com.microsoft:{node.op_type[:80]}")
 
 
 def _check_tensor(tensor: onnx.TensorProto, manifest: ModelManifest) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from model_store.calibration import Calibration
 from model_store.checkpoint import Checkpoint
 from model_store.decoder import count_matrices, write_decoder
 from model_store.graph import Graph
@@ -20,9 +21,8 @@ from model_store.manifest import (
     Geometry,
     ModelManifest,
 )
-from model_store.quantization import Scheme
 from model_store.spec import DecoderSpec
-from model_store.targets import TARGETS
+from model_store.targets import Choice
 from model_store.weight_file import WeightFile
 from model_store.weight_packer import Progress, WeightPacker
 
@@ -33,13 +33,14 @@ def build_artifact(
     *,
     name: str,
     revision: str,
-    scheme: Scheme,
     target: str,
+    choice: Choice,
+    calibration: Calibration | None,
     progress: Progress,
 ) -> ModelManifest:
     """Write the artifact's files into the empty `directory`; return the manifest that describes them, not written."""
-    spec, tokenizer = checkpoint.spec, checkpoint.tokenizer
-    nodes = TARGETS[target](scheme)
+    spec, tokenizer, scheme = checkpoint.spec, checkpoint.tokenizer, choice.scheme
+    nodes = choice.nodes(scheme, calibration)
     with WeightFile(directory / WEIGHTS_FILE) as weights:
         graph = Graph(f"{spec.architecture} {scheme.name} {target}", weights)
         with WeightPacker(graph, scheme, count_matrices(spec), progress) as packer:
@@ -67,6 +68,7 @@ def build_artifact(
         chat_template=tokenizer.chat_template,
         special_tokens=tokenizer.special_tokens,
         files=entries,
+        activations=scheme.activations,
     )
 
 

@@ -8,10 +8,11 @@ initializers lie in weights.bin as external data; constants are shared by value.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import ml_dtypes  # noqa: F401 (teaches numpy the names bfloat16 and float8_e4m3fn)
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -20,8 +21,9 @@ from model_store.manifest import WEIGHTS_FILE
 from model_store.weight_file import WeightFile
 
 OUR_DOMAIN: Final = "millrace"
-OUR_VERSION: Final = 1
-OPSET: Final = 21
+MICROSOFT: Final = "com.microsoft"  # ONNX Runtime's own operators
+STANDARD: Final = ""
+DOMAIN_VERSIONS: Final = {STANDARD: 21, OUR_DOMAIN: 1, MICROSOFT: 1}
 IR_VERSION: Final = 10
 
 Dim = int | str  # a number, or the name of an extent known at run time
@@ -30,6 +32,9 @@ Attribute = int | float | str
 ELEMENT_TYPES: Final[dict[str, int]] = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
+    "uint8": onnx.TensorProto.UINT8,
     "int8": onnx.TensorProto.INT8,
     "int32": onnx.TensorProto.INT32,
     "int64": onnx.TensorProto.INT64,
@@ -62,6 +67,7 @@ class Graph:
         self._graph = onnx.GraphProto(name=name)
         self._weights = weights
         self._names: set[str] = set()
+        self._domains = {STANDARD}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
     def input(self, name: str, dtype: str, *shape: Dim) -> Value:
@@ -102,26 +108,52 @@ class Graph:
         *shape: Dim,
         domain: str = OUR_DOMAIN,
         output_name: str | None = None,
+        slot: int = 0,
         **attributes: Attribute,
     ) -> Value:
-        """A node with one output of `dtype` and `shape`. An input of None is left out, as ONNX spells it."""
+        """A node with one output of `dtype` and `shape`, the operator's output number `slot`.
+
+        An input of None is left out, as ONNX spells it; so are the outputs before `slot`.
+        """
         output = self._value(output_name or f"{address}:out", dtype, shape)
+        self._write(op_type, address, domain, inputs, [*[""] * slot, output.name], attributes)
+        return output
+
+    def halves(self, address: str, x: Value) -> tuple[Value, Value]:
+        """The left and the right half of x [rows, 2N]: [rows, N] each."""
+        rows, width = x.shape
+        if not isinstance(width, int) or width % 2:
+            raise GraphError(f"{address} halves {x.name}, which is {list(x.shape)}")
+        left, right = (self._value(f"{address}:{side}", x.dtype, (rows, width // 2)) for side in ("left", "right"))
+        names = [left.name, right.name]
+        self._write("Split", address, STANDARD, [x], names, {"axis": 1, "num_outputs": 2})
+        return left, right
+
+    def _write(
+        self,
+        op_type: str,
+        address: str,
+        domain: str,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[str],
+        attributes: Mapping[str, Attribute],
+    ) -> None:
         names = ["" if value is None else value.name for value in inputs]
         while names and not names[-1]:
             names.pop()
         for name in names:
             if name and name not in self._names:
                 raise GraphError(f"{address} reads {name}, which nothing wrote")
-        node = self._graph.node.add(op_type=op_type, name=address, domain=domain, input=names, output=[output.name])
+        node = self._graph.node.add(op_type=op_type, name=address, domain=domain, input=names, output=outputs)
+        self._domains.add(domain)
         for key, value in attributes.items():
             node.attribute.append(onnx.helper.make_attribute(key, value))
-        return output
 
     def model(self) -> onnx.ModelProto:
         """The finished model."""
         model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="millrace", graph=self._graph)
-        model.opset_import.add(domain="", version=OPSET)
-        model.opset_import.add(domain=OUR_DOMAIN, version=OUR_VERSION)
+        for domain in sorted(self._domains):
+            model.opset_import.add(domain=domain, version=DOMAIN_VERSIONS[domain])
         return model
 
     def _value(self, name: str, dtype: str, shape: tuple[Dim, ...]) -> Value:

@@ -17,6 +17,9 @@ GRAPH_FILE: Final = "model.onnx"
 WEIGHTS_FILE: Final = "weights.bin"
 TOKENIZER_FILE: Final = "tokenizer.json"
 
+# Standard numpy knows neither bfloat16 nor the 8-bit floats; readers of manifests need only their sizes.
+DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=1, le=2**31)]
 
@@ -42,11 +45,15 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KvCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The KV pool a graph expects as input `kv_cache`: [num_layers, 2, num_blocks, *block_shape] of `dtype`."""
+    """The KV pool a graph expects: [num_layers, 2, num_blocks, *block_shape] of `dtype`.
 
-    dtype: str  # numpy name: "float16" or "float32"
+    It is one input `kv_cache`, or, where `is_split`, inputs `key_cache.N` and `value_cache.N` for each layer N.
+    """
+
+    dtype: str  # numpy name
     block_size: Count  # tokens in a block
     block_shape: tuple[Count, ...]  # of one layer's keys (or values) in one block
+    is_split: bool = False
 
     @property
     def elements_per_block(self) -> int:
@@ -55,6 +62,11 @@ class KvCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for extent in self.block_shape:
             count *= extent
         return count
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one layer's keys (or values) in one block."""
+        return self.elements_per_block * DTYPE_BYTES[self.dtype]
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,8 +87,8 @@ class ModelManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     revision: str  # first 12 hex digits of the SHA-256 over builder version, scheme, target and the source's files
     architecture: str  # Hugging Face name, e.g. "LlamaForCausalLM"
-    scheme: str  # "fp32", "w8a8"
-    target: str  # "cpu"
+    scheme: str  # how weights are stored: "w8a8", "bf16" ...; the rows of targets.py
+    target: str  # where it runs: "cpu", "cuda" ...
     geometry: Geometry
     kv_cache: KvCache
     bos_token_id: int | None
@@ -86,6 +98,7 @@ class ModelManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     special_tokens: dict[str, str]  # bos_token, eos_token ... as the template may name them
     files: dict[str, FileEntry]
     parity: Parity | None = None
+    activations: str = "float32"  # numpy name of what linear layers and attention read and write
 
     @property
     def model_id(self) -> str:

@@ -27,6 +27,11 @@ class Matrix(Protocol):
         ...
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the weight, padding of the last block not counted."""
+        ...
+
+    @property
     def num_blocks(self) -> int: ...
 
     @property
@@ -45,6 +50,10 @@ class Stacked:
 
     @property
     def num_columns(self) -> int:
+        return self.num_rows
+
+    @property
+    def num_rows(self) -> int:
         return sum(part.shape[0] for part in self.parts)
 
     @property
@@ -77,6 +86,10 @@ class GateUp:
     @property
     def num_columns(self) -> int:
         return self.gate.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_blocks * BLOCK  # padding lies between gate and up
 
     @property
     def num_blocks(self) -> int:

@@ -1,36 +1,48 @@
-"""How a weight becomes what a kernel multiplies by: one row of the table for each scheme.
+"""How a weight becomes what a kernel multiplies by: a packing for each kind of kernel, a scheme for each choice.
 
-A scheme packs the rows of a few blocks at a time; each output column is quantized on its own, so the pieces can be
-packed in any order and on any thread.
+A packing takes the rows of a few blocks at a time; each output column is quantized on its own, so the pieces can be
+packed in any order and on any thread. Which schemes a target has stands in targets.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
 import numpy as np
 from numpy.typing import NDArray
 
 from model_store.packing import pack_float, pack_int8
 
 Floats = NDArray[np.float32]
-Packed = tuple[NDArray[np.generic], ...]  # every part's first axis is blocks, or columns in blocks
+Packed = tuple[NDArray[np.generic], ...]  # every part's first axis is blocks, or columns (in blocks, or row by row)
 
 # Clipping a column's largest weights buys the others a finer grid. Ratios of the largest magnitude that are tried.
 CLIP_RATIOS: Final = (0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """How the rows of a matrix lie in the artifact."""
+
+    parts: tuple[str, ...]  # what the packed tensors are called
+    pack: Callable[[Floats], Packed]  # rows [n * 64, K] of n whole blocks -> their packed tensors
+    is_row_major: bool = False  # one row of every part for each row of the matrix, no padding
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to store weights and the KV cache."""
+    """A way to store weights and the KV cache, and to compute with them."""
 
     name: str
-    pack: Callable[[Floats], Packed]  # rows [n * 64, K] of n whole blocks -> their packed tensors
-    parts: tuple[str, ...]  # what the packed tensors are called
+    layers: Packing
+    tables: Packing  # of the embedding and the output layer
+    activations: str  # numpy name of what linear layers and attention read and write
     kv_dtype: str  # numpy name
     parity_bound: float  # largest relative error of a row of logits that an import accepts
+    needs_calibration: bool = False  # ranges of activations or of the KV cache are measured on text
 
 
 def quantize_rows(rows: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -67,8 +79,52 @@ def _round(rows: Floats, limit: Floats) -> tuple[NDArray[np.int8], Floats, Float
     return codes, scales, np.einsum("nk,nk->n", grid, grid)
 
 
-def _pack_fp32(rows: Floats) -> Packed:
-    return (pack_float(rows),)
+def quantize_groups(rows: Floats, bits: int, group: int) -> tuple[NDArray[np.uint8], Floats]:
+    """Symmetric codes per group of `group` inputs: rows ~ (codes - 2^(bits-1)) * scale.
+
+    codes uint8 [N, G, group] with G = ceil(K / group), the padding being zero weights; scales float32 [N, G]. The grid
+    is -2^(bits-1) .. 2^(bits-1) - 1: the largest magnitude of a group falls on the side that has one step more.
+    """
+    count, inputs = rows.shape
+    groups = -(-inputs // group)
+    padded = np.zeros((count, groups * group), np.float32)
+    padded[:, :inputs] = rows
+    blocks = padded.reshape(count, groups, group)
+    low = -(1 << (bits - 1))
+    at = np.abs(blocks).argmax(axis=2)[..., None]
+    extreme = np.take_along_axis(blocks, at, axis=2)[..., 0]
+    scales = (extreme / low).astype(np.float32)
+    is_used = np.abs(scales) > np.finfo(np.float32).tiny
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=is_used)
+    codes = np.clip(np.rint(blocks * inverse[..., None]), low, -low - 1) - low
+    return codes.astype(np.uint8), np.where(is_used, scales, np.float32(0))
+
+
+def float_packing(dtype: str) -> Packing:
+    """Weights as they are, [N, K] of a 16-bit float type (numpy name)."""
+    round_to = round_to_bfloat16 if dtype == "bfloat16" else lambda rows: rows.astype(dtype)
+    return Packing(("weight",), lambda rows: (round_to(rows),), is_row_major=True)
+
+
+def round_to_bfloat16(values: Floats) -> NDArray[np.generic]:
+    """Finite float32 to the nearest bfloat16, ties to even: in integers, several times faster than numpy's cast."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    return (rounded >> np.uint32(16)).astype(np.uint16).view(np.dtype("bfloat16"))
+
+
+def nbits_packing(bits: int, group: int, dtype: str) -> Packing:
+    """Weights as com.microsoft:MatMulNBits reads them: uint8 [N, G, group * bits / 8] and scales [N, G] of `dtype`.
+
+    The first of two 4-bit codes lies in the lower half of a byte. Code 2^(bits - 1) is zero, the operator's default.
+    """
+
+    def pack(rows: Floats) -> Packed:
+        codes, scales = quantize_groups(rows, bits, group)
+        packed = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4)) if bits == 4 else codes
+        return np.ascontiguousarray(packed), scales.astype(dtype)
+
+    return Packing(("weight", "scale"), pack, is_row_major=True)
 
 
 def _pack_w8a8(rows: Floats) -> Packed:
@@ -76,7 +132,5 @@ def _pack_w8a8(rows: Floats) -> Packed:
     return pack_int8(codes), scales, codes.sum(axis=1, dtype=np.int32)
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    "fp32": Scheme("fp32", _pack_fp32, ("weight",), kv_dtype="float32", parity_bound=1e-4),
-    "w8a8": Scheme("w8a8", _pack_w8a8, ("weight", "scale", "colsum"), kv_dtype="float16", parity_bound=0.25),
-}
+BLOCKED_FP32: Final = Packing(("weight",), lambda rows: (pack_float(rows),))
+BLOCKED_W8A8: Final = Packing(("weight", "scale", "colsum"), _pack_w8a8)

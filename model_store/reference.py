@@ -7,7 +7,7 @@ for all prompts together, so memory holds a layer and time is one pass over the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,9 +18,19 @@ from model_store.spec import DecoderSpec
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
+# Sees activations [T, channels] of all prompts by name, layer after layer: what each linear layer multiplies (by the
+# names that decoder.py gives the layers: layers.3.qkv, .output, .gate_up, .down, and lm_head) and what goes into the
+# KV cache (layers.3.k after the rotation, layers.3.v).
+Observer = Callable[[str, Floats], None]
 
 
-def reference_logits(checkpoint: Checkpoint, prompts: Sequence[TokenIds]) -> list[Floats]:
+def _see_nothing(_: str, __: Floats) -> None:
+    """Nobody watches."""
+
+
+def reference_logits(
+    checkpoint: Checkpoint, prompts: Sequence[TokenIds], observe: Observer = _see_nothing
+) -> list[Floats]:
     """Logits [T, vocab_size] of every prompt of T token ids, in float32."""
     spec = checkpoint.spec
     offsets = np.cumsum([0, *(len(prompt) for prompt in prompts)])
@@ -30,17 +40,25 @@ def reference_logits(checkpoint: Checkpoint, prompts: Sequence[TokenIds]) -> lis
 
     x = _embed(checkpoint, np.concatenate(prompts))
     for layer in range(spec.num_layers):
-        weights = _Layer(checkpoint, layer)
+        weights, at = _Layer(checkpoint, layer), f"layers.{layer}"
         normed = _rms_norm(x, weights["attention_norm"], spec.norm_epsilon)
+        observe(f"{at}.qkv", normed)
         q, k, v = (weights.linear(name, normed) for name in ("q", "k", "v"))
         q, k = _heads(q, spec, weights, "q_norm"), _heads(k, spec, weights, "k_norm")
         q, k = _rotate(q, table[positions]), _rotate(k, table[positions])
+        observe(f"{at}.k", k.reshape(len(k), -1))
+        observe(f"{at}.v", v)
         v = v.reshape(len(v), -1, spec.head_dim)
-        attended = [_attend(q[span], k[span], v[span], spec.windows[layer]) for span in spans]
-        x = x + weights.linear("output", np.concatenate(attended))
+        attended = np.concatenate([_attend(q[span], k[span], v[span], spec.windows[layer]) for span in spans])
+        observe(f"{at}.output", attended)
+        x = x + weights.linear("output", attended)
         normed = _rms_norm(x, weights["mlp_norm"], spec.norm_epsilon)
-        x = x + weights.linear("down", _silu(weights.linear("gate", normed)) * weights.linear("up", normed))
+        observe(f"{at}.gate_up", normed)
+        gated = _silu(weights.linear("gate", normed)) * weights.linear("up", normed)
+        observe(f"{at}.down", gated)
+        x = x + weights.linear("down", gated)
     x = _rms_norm(x, checkpoint.tensors["final_norm"].read(), spec.norm_epsilon)
+    observe("lm_head", x)
     logits = _output_layer(checkpoint, x)
     return [logits[span] for span in spans]
 

@@ -1,208 +1,78 @@
-"""Which nodes a decoder is written with: what differs between the places a model can run.
+"""Where a model can run, and the schemes it can be stored in for that place.
 
-decoder.py says what is computed, a NodeWriter says by which operator. The CPU's operators are ours; kernels/README.md
-defines their inputs, attributes and layouts. A new target is a class beside CpuNodes and a row in TARGETS.
+A new target is a NodeWriter in a file of its own and a row here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, Protocol
+from functools import partial
+from typing import Final
 
-from model_store.graph import Graph, GraphError, Value
-from model_store.manifest import KvCache
-from model_store.packing import BLOCK
-from model_store.quantization import Scheme
-from model_store.spec import DecoderSpec
-from model_store.weight_packer import PackedMatrix
+from model_store.calibration import Calibration
+from model_store.cpu_nodes import CpuNodes
+from model_store.cuda_nodes import CudaNBitsNodes, CudaNodes
+from model_store.nodes import NodeWriter
+from model_store.quantization import BLOCKED_FP32, BLOCKED_W8A8, Scheme, float_packing, nbits_packing
+from wire.errors import BadRequest
 
-Activation = Literal["none", "silu_mul"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """The graph inputs that say what a step computes: T tokens of B sequences, M blocks a row, R rows of logits."""
-
-    input_ids: Value  # int64 [T]
-    positions: Value  # int64 [T]
-    cu_seqlens: Value  # int32 [B + 1]
-    past_lens: Value  # int32 [B]
-    block_table: Value  # int32 [B, M]
-    slot_mapping: Value  # int32 [T]
-    logits_rows: Value  # int32 [R]
-    kv_cache: Value  # [layers, 2, blocks, *block_shape], written in place
+WriterFactory = Callable[[Scheme, Calibration | None], NodeWriter]
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingInputs:
-    """How each of the R rows of logits becomes a token; see batcher/sampling.py."""
+class Choice:
+    """A scheme of a target, and what writes its graph."""
 
-    temperature: Value  # float32 [R]
-    top_k: Value  # int32 [R]
-    top_p: Value  # float32 [R]
-    min_p: Value  # float32 [R]
-    seed: Value  # int64 [R]
-    sample_position: Value  # int64 [R]
+    scheme: Scheme
+    nodes: WriterFactory
 
 
-class NodeWriter(Protocol):
-    """Writes each of a decoder's steps as a node, and returns what the node gives."""
-
-    def kv_cache(self, spec: DecoderSpec) -> KvCache:
-        """The pool that attention reads and writes."""
-        ...
-
-    def embed(self, graph: Graph, address: str, ids: Value, table: PackedMatrix) -> Value:
-        """Rows `ids` [T] of the packed output layer: [T, hidden]."""
-        ...
-
-    def linear(
-        self,
-        graph: Graph,
-        address: str,
-        x: Value,
-        matrix: PackedMatrix,
-        *,
-        bias: Value | None = None,
-        norm: Value | None = None,
-        norm_epsilon: float = 0.0,
-        residual: Value | None = None,
-        activation: Activation = "none",
-        output_name: str | None = None,
-    ) -> Value:
-        """activation(rms_norm(x) @ weight + bias) + residual, each where given: [T, K] -> [T, N]."""
-        ...
-
-    def attention(
-        self,
-        graph: Graph,
-        address: str,
-        qkv: Value,
-        step: StepInputs,
-        *,
-        cos_sin: Value,
-        spec: DecoderSpec,
-        layer: int,
-        q_norm: Value | None,
-        k_norm: Value | None,
-    ) -> Value:
-        """Rotate q and k, store k and v, attend over each sequence's blocks: [T, (H + 2 KV) * D] -> [T, H * D]."""
-        ...
-
-    def sample(self, graph: Graph, address: str, logits: Value, sampling: SamplingInputs, output_name: str) -> Value:
-        """A token for each row of logits [R, V]: int64 [R]."""
-        ...
+def _choices(*choices: Choice) -> Mapping[str, Choice]:
+    return {choice.scheme.name: choice for choice in choices}
 
 
-@dataclass(frozen=True, slots=True)
-class _LinearOps:
-    """The operators that multiply by, and look up rows of, a scheme's packed weight."""
-
-    linear: str
-    embed: str
-    embed_parts: int  # how many of the packed tensors the embedding reads
+def _cpu(scheme: Scheme) -> Choice:
+    return Choice(scheme, lambda scheme, _: CpuNodes(scheme))
 
 
-class CpuNodes:
-    """Our own operators in ONNX Runtime's CPU provider."""
+def _cuda_float(name: str, dtype: str, bound: float, kv_dtype: str | None = None) -> Choice:
+    packing = float_packing(dtype)
+    scheme = Scheme(name, packing, packing, dtype, kv_dtype or dtype, bound, needs_calibration=kv_dtype is not None)
+    return Choice(scheme, CudaNodes)
 
-    OPS: ClassVar[Mapping[str, _LinearOps]] = {
-        "fp32": _LinearOps("Linear", "Embed", embed_parts=1),
-        "w8a8": _LinearOps("QLinear", "QEmbed", embed_parts=2),
-    }
-    BLOCK_SIZE: ClassVar[int] = 16  # tokens in a KV block: one vector of keys
 
-    def __init__(self, scheme: Scheme) -> None:
-        self._ops = self.OPS[scheme.name]
-        self._kv_dtype = scheme.kv_dtype
+def _cuda_nbits(name: str, bits: int, group: int, bound: float) -> Choice:
+    dtype = "bfloat16"
+    scheme = Scheme(name, nbits_packing(bits, group, dtype), float_packing(dtype), dtype, dtype, bound)
+    return Choice(scheme, partial(CudaNBitsNodes, bits=bits, group=group))
 
-    def kv_cache(self, spec: DecoderSpec) -> KvCache:
-        padded_dim = -(-spec.head_dim // 16) * 16
-        shape = (spec.num_kv_heads, self.BLOCK_SIZE * padded_dim)
-        return KvCache(dtype=self._kv_dtype, block_size=self.BLOCK_SIZE, block_shape=shape)
 
-    def embed(self, graph: Graph, address: str, ids: Value, table: PackedMatrix) -> Value:
-        ids.expect("int64", "T")
-        inputs = (ids, *table.parts[: self._ops.embed_parts])
-        shape = ("T", table.num_inputs)
-        return graph.node(self._ops.embed, address, inputs, "float32", *shape, N=table.num_columns, K=table.num_inputs)
+TARGETS: Final[Mapping[str, Mapping[str, Choice]]] = {
+    "cpu": _choices(
+        _cpu(Scheme("w8a8", BLOCKED_W8A8, BLOCKED_W8A8, "float32", kv_dtype="float16", parity_bound=0.25)),
+        _cpu(Scheme("fp32", BLOCKED_FP32, BLOCKED_FP32, "float32", kv_dtype="float32", parity_bound=1e-4)),
+    ),
+    "cuda": _choices(
+        _cuda_float("bf16", "bfloat16", 1e-2),
+        _cuda_float("fp16", "float16", 5e-3),
+        _cuda_float("bf16-kv-int8", "bfloat16", 0.05, kv_dtype="int8"),
+        _cuda_float("bf16-kv-fp8", "bfloat16", 0.1, kv_dtype="float8_e4m3fn"),
+        _cuda_nbits("w8a16", 8, 128, 0.05),
+        _cuda_nbits("w4a16", 4, 64, 0.35),
+    ),
+}
 
-    def linear(
-        self,
-        graph: Graph,
-        address: str,
-        x: Value,
-        matrix: PackedMatrix,
-        *,
-        bias: Value | None = None,
-        norm: Value | None = None,
-        norm_epsilon: float = 0.0,
-        residual: Value | None = None,
-        activation: Activation = "none",
-        output_name: str | None = None,
-    ) -> Value:
-        x.expect("float32", x.shape[0], matrix.num_inputs)
-        if bias is not None:
-            bias.expect("float32", matrix.num_blocks * BLOCK)
-        if norm is not None:
-            norm.expect("float32", matrix.num_inputs)
-        if residual is not None:
-            residual.expect("float32", x.shape[0], matrix.num_columns)
-        return graph.node(
-            self._ops.linear,
-            address,
-            (x, *matrix.parts, bias, norm, residual),
-            "float32",
-            x.shape[0],
-            matrix.num_columns,
-            output_name=output_name,
-            N=matrix.num_columns,
-            norm_epsilon=norm_epsilon,
-            activation=activation,
+
+def choose(target: str, scheme: str | None) -> Choice:
+    """The row for `scheme` of `target`; the target's first without a scheme. Raises BadRequest naming what there is."""
+    if target not in TARGETS:
+        raise BadRequest(f"unknown target {target[:80]!r}; known are {', '.join(TARGETS)}", param="target")
+    choices = TARGETS[target]
+    if scheme is None:
+        return next(iter(choices.values()))
+    if scheme not in choices:
+        raise BadRequest(
+            f"unknown scheme {scheme[:80]!r} for target {target}; known are {', '.join(choices)}", param="scheme"
         )
-
-    def attention(
-        self,
-        graph: Graph,
-        address: str,
-        qkv: Value,
-        step: StepInputs,
-        *,
-        cos_sin: Value,
-        spec: DecoderSpec,
-        layer: int,
-        q_norm: Value | None,
-        k_norm: Value | None,
-    ) -> Value:
-        qkv.expect("float32", "T", spec.qkv_size)
-        cos_sin.expect("float32", spec.max_model_len, spec.head_dim)
-        if (q_norm is None) != (k_norm is None):
-            raise GraphError(f"{address} normalizes only one of q and k")
-        for norm in (q_norm, k_norm):
-            if norm is not None:
-                norm.expect("float32", spec.head_dim)
-        rows = (step.positions, step.cu_seqlens, step.past_lens, step.block_table, step.slot_mapping)
-        return graph.node(
-            "PagedAttention",
-            address,
-            (qkv, step.kv_cache, *rows, cos_sin, q_norm, k_norm),
-            "float32",
-            "T",
-            spec.q_size,
-            layer=layer,
-            num_heads=spec.num_heads,
-            kv_num_heads=spec.num_kv_heads,
-            scale=spec.head_dim**-0.5,
-            softcap=0.0,
-            window=spec.windows[layer],
-            norm_epsilon=spec.norm_epsilon,
-        )
-
-    def sample(self, graph: Graph, address: str, logits: Value, sampling: SamplingInputs, output_name: str) -> Value:
-        filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        inputs = (logits, *filters, sampling.seed, sampling.sample_position)
-        return graph.node("Sample", address, inputs, "int64", "R", output_name=output_name)
-
-
-TARGETS: Final[Mapping[str, Callable[[Scheme], NodeWriter]]] = {"cpu": CpuNodes}
+    return choices[scheme]

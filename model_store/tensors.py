@@ -48,7 +48,7 @@ class Tensor:
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) of the first axis. Raises BadCheckpoint if one holds a NaN or an infinity."""
-        values = self.source[start:stop].astype(np.float32, copy=False)
+        values = _widened(self.source[start:stop])
         if not np.isfinite(values).all():
             raise BadCheckpoint(f"{self.name} holds a value that is not finite", param=self.name)
         return values
@@ -56,6 +56,13 @@ class Tensor:
     def read(self) -> NDArray[np.float32]:
         """The whole tensor."""
         return self.rows(0, self.shape[0])
+
+
+def _widened(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+    """As float32. bfloat16 is its upper half: a shift, several times faster than numpy's cast and without its lock."""
+    if stored.dtype.name != "bfloat16":
+        return stored.astype(np.float32, copy=False)
+    return (np.ascontiguousarray(stored).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model_store.graph import Graph, Value
 from model_store.matrices import Matrix
 from model_store.packing import BLOCK
-from model_store.quantization import Packed, Scheme
+from model_store.quantization import Packed, Packing, Scheme
 
 PIECE_ELEMENTS = 1 << 19  # of float32: 2 MiB, so that the passes over a piece stay in the cache
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -27,9 +27,9 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A linear layer's weight in the graph. Shapes in blocks of 64 columns; see kernels/README.md."""
+    """A linear layer's weight in the graph."""
 
-    parts: tuple[Value, ...]  # in the order of Scheme.parts
+    parts: tuple[Value, ...]  # in the order of Packing.parts
     num_inputs: int
     num_columns: int  # logical outputs
     num_blocks: int
@@ -56,8 +56,20 @@ class WeightPacker:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def matrix(self, name: str, matrix: Matrix) -> PackedMatrix:
-        """Pack a weight [N, K]. Its largest part is written as it comes; scales and sums, one a column, after it."""
-        pieces = self._packed_pieces(matrix)
+        """Pack the weight [N, K] of a layer."""
+        return self._pack(name, matrix, self._scheme.layers)
+
+    def table(self, name: str, matrix: Matrix) -> PackedMatrix:
+        """Pack the embedding or the output layer."""
+        return self._pack(name, matrix, self._scheme.tables)
+
+    def vector(self, name: str, vector: NDArray[np.generic]) -> Value:
+        """A small tensor as it is."""
+        return self._graph.constant(name, vector)
+
+    def _pack(self, name: str, matrix: Matrix, packing: Packing) -> PackedMatrix:
+        """The largest part is written as it comes; the others (scales, sums), one a column, after it."""
+        pieces = self._packed_pieces(matrix, packing)
         first = next(pieces)
         rest: list[Packed] = [first[1:]]
 
@@ -67,27 +79,21 @@ class WeightPacker:
                 rest.append(piece[1:])
                 yield piece[0]
 
-        shape = (matrix.num_blocks, *first[0].shape[1:])
-        parts = [self._graph.weight(f"{name}.{self._scheme.parts[0]}", first[0].dtype.name, shape, largest())]
-        for part, arrays in zip(self._scheme.parts[1:], zip(*rest, strict=True), strict=True):
+        count = matrix.num_rows if packing.is_row_major else matrix.num_blocks
+        shape = (count, *first[0].shape[1:])
+        parts = [self._graph.weight(f"{name}.{packing.parts[0]}", first[0].dtype.name, shape, largest())]
+        for part, arrays in zip(packing.parts[1:], zip(*rest, strict=True), strict=True):
             whole = np.concatenate(arrays)
             parts.append(self._graph.weight(f"{name}.{part}", whole.dtype.name, whole.shape, [whole]))
         return PackedMatrix(tuple(parts), matrix.num_inputs, matrix.num_columns, matrix.num_blocks)
 
-    def bias(self, name: str, bias: Matrix) -> Value:
-        """A bias in the column order of its packed weight: f32 [blocks * 64]."""
-        return self._graph.constant(name, bias.blocks(0, bias.num_blocks))
-
-    def vector(self, name: str, vector: NDArray[np.float32]) -> Value:
-        """A small tensor as it is."""
-        return self._graph.constant(name, vector)
-
-    def _packed_pieces(self, matrix: Matrix) -> Iterator[Packed]:
+    def _packed_pieces(self, matrix: Matrix, packing: Packing) -> Iterator[Packed]:
         """The matrix packed, piece after piece; as many pieces are under way as keep the threads busy."""
         step = max(1, PIECE_ELEMENTS // (BLOCK * matrix.num_inputs))
 
         def pack(start: int) -> Packed:
-            return self._scheme.pack(matrix.blocks(start, min(start + step, matrix.num_blocks)))
+            rows = matrix.blocks(start, min(start + step, matrix.num_blocks))
+            return packing.pack(rows[: matrix.num_rows - start * BLOCK] if packing.is_row_major else rows)
 
         pending: deque[Future[Packed]] = deque()
         for start in range(0, matrix.num_blocks, step):

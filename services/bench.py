@@ -23,7 +23,7 @@ from kernels import loader
 from kernels.limits import Limits, measure_limits
 from model_store.manifest import WEIGHTS_FILE, ModelManifest
 from services.backends.onnxruntime import OnnxRuntimeBackend
-from services.loading import StoredModel, find_model, open_backend, step_limits
+from services.loading import StoredModel, find_model, open_cpu, step_limits
 from services.settings import Settings
 from wire.errors import BadRequest
 from wire.messages import Failed, Generate
@@ -54,7 +54,7 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
     model = find_model(settings, name)
     _check(model.manifest, workload)
     threads, vocab_size = step_limits(settings).threads, model.manifest.geometry.vocab_size
-    backend = open_backend(settings, model)
+    backend = open_cpu(settings, model)
     _run(Engine(backend), vocab_size, workload.prompt_tokens, 4, 2, seed=0)  # first touch of weights and pool
     passes: dict[int, list[Pass]] = defaultdict(list)
     limits: list[Limits] = []
@@ -96,6 +96,8 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
 
 
 def _check(manifest: ModelManifest, workload: Workload) -> None:
+    if manifest.target != "cpu":
+        raise BadRequest(f"{manifest.model_id} is built for {manifest.target}: measure it with python -m bench.gpu")
     if workload.rounds < 1 or workload.prompt_tokens < 1 or workload.new_tokens < 1 or min(workload.concurrency) < 1:
         raise BadRequest("prompt-tokens, new-tokens, concurrency and rounds are all at least 1")
     total = workload.prompt_tokens + workload.new_tokens
@@ -164,7 +166,7 @@ def _profile(settings: Settings, model: StoredModel, workload: Workload) -> dict
     """Mean ms of a step by operator at the largest concurrency, from ONNX Runtime's profile (it costs a little)."""
     vocab_size = model.manifest.geometry.vocab_size
     with tempfile.TemporaryDirectory() as directory:
-        backend: OnnxRuntimeBackend = open_backend(settings, model, profile=Path(directory) / "ort")
+        backend: OnnxRuntimeBackend = open_cpu(settings, model, profile=Path(directory) / "ort")
         count = max(workload.concurrency)
         done = _run(Engine(backend), vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=7)
         events = json.loads(backend.end_profiling().read_text())

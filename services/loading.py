@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,15 @@ from kernels import loader
 from model_store.manifest import ModelManifest, read_manifest
 from model_store.parity import PROMPT_LENGTHS
 from model_store.store import Store
-from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block, count_blocks
+from services.backends.onnxruntime import OnnxRuntimeBackend
+from services.backends.sizing import StepLimits, bytes_per_block, count_blocks
 from services.machine import Machine, inspect_machine
 from services.settings import Settings
 from wire.messages import Generate
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
+CPU_BATCH_TOKENS = 512
+GPU_BATCH_TOKENS = 4096  # enough to keep the arithmetic busy; a step of an 8B model stays near 60 ms
 WARM_UP_TOKENS = 32
 PARITY_TOKENS = max(PROMPT_LENGTHS)
 
@@ -40,11 +43,21 @@ def find_model(settings: Settings, name: str) -> StoredModel:
     return StoredModel(directory, read_manifest(directory))
 
 
-def step_limits(settings: Settings, machine: Machine | None = None) -> StepLimits:
-    """What the settings ask for, with the machine's own numbers where they say 0."""
+def step_limits(settings: Settings, target: str = "cpu", machine: Machine | None = None) -> StepLimits:
+    """What the settings ask for, with the machine's own numbers where they say 0.
+
+    For a GPU kv_memory_bytes stays 0: what the device has left is known when the model is on it.
+    """
+    if target != "cpu":
+        return StepLimits(
+            max_batch_tokens=settings.max_batch_tokens or GPU_BATCH_TOKENS,
+            max_batch_seqs=settings.max_batch_seqs,
+            kv_memory_bytes=settings.kv_memory_bytes,
+            threads=1,
+        )
     machine = machine or inspect_machine()
     return StepLimits(
-        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_tokens=settings.max_batch_tokens or CPU_BATCH_TOKENS,
         max_batch_seqs=settings.max_batch_seqs,
         kv_memory_bytes=settings.kv_memory_bytes or int(machine.free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
         threads=settings.threads or machine.cores,
@@ -52,12 +65,26 @@ def step_limits(settings: Settings, machine: Machine | None = None) -> StepLimit
     )
 
 
-def open_backend(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
-    """Load the model. The instruction set is chosen first: the kernels read it when they are created."""
+def open_backend(settings: Settings, model: StoredModel) -> Backend:
+    """Load the model on what it was built for. Raises BackendError(FATAL) if that is not to be had here."""
+    return _OPENERS[model.manifest.target](settings, model)
+
+
+def open_cpu(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
+    """Load a model of the CPU. The instruction set is chosen first: the kernels read it when they are created."""
     limits = step_limits(settings)
     loader.set_isa(None if settings.kernels == "auto" else settings.kernels)
     loader.set_threads(limits.threads)
     return OnnxRuntimeBackend(model.directory, model.manifest, limits, profile=profile)
+
+
+def _open_cuda(settings: Settings, model: StoredModel) -> Backend:
+    from services.backends.cuda_open import open_cuda  # the CUDA libraries only where they are wanted
+
+    return open_cuda(model.directory, model.manifest, step_limits(settings, "cuda"))
+
+
+_OPENERS: Mapping[str, Callable[[Settings, StoredModel], Backend]] = {"cpu": open_cpu, "cuda": _open_cuda}
 
 
 def open_engine(settings: Settings, backend: Backend) -> Engine:
@@ -82,7 +109,7 @@ class ArtifactLogits:
     That a prefill in one step, in chunks and token by token has the same bits is proved elsewhere, by tests.
     """
 
-    def __init__(self, backend: OnnxRuntimeBackend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def __call__(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -112,10 +139,20 @@ class ArtifactLogits:
 @contextmanager
 def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest) -> Iterator[ArtifactLogits]:
     """Open an artifact that is not in the store yet, small, for as long as its parity is measured."""
-    limits = step_limits(settings)
-    few_blocks = bytes_per_block(manifest) * (PARITY_TOKENS // manifest.kv_cache.block_size + 1)
-    small = StepLimits(PARITY_TOKENS, PARITY_TOKENS, kv_memory_bytes=few_blocks, threads=limits.threads)
-    backend = OnnxRuntimeBackend(directory, manifest, small)
+    blocks = PARITY_TOKENS // manifest.kv_cache.block_size + 1
+    limits = replace(
+        step_limits(settings, manifest.target),
+        max_batch_tokens=PARITY_TOKENS,
+        max_batch_seqs=PARITY_TOKENS,
+        kv_memory_bytes=blocks * bytes_per_block(manifest),
+    )
+    backend: Backend
+    if manifest.target == "cpu":
+        backend = OnnxRuntimeBackend(directory, manifest, limits)
+    else:
+        from services.backends.cuda_open import open_cuda
+
+        backend = open_cuda(directory, manifest, limits, look_ahead=False, prepare=False)
     try:
         yield ArtifactLogits(backend)
     finally:
@@ -124,7 +161,7 @@ def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest
 
 def describe(settings: Settings, model: StoredModel, machine: Machine) -> dict[str, object]:
     """The numbers this machine will choose for this model, and what they come from."""
-    limits = step_limits(settings, machine)
+    limits = step_limits(settings, machine=machine)
     blocks = count_blocks(model.manifest, limits)
     block_size = model.manifest.kv_cache.block_size
     return {

@@ -51,9 +51,14 @@ class Settings:
         "auto"
     )
     kv_memory_bytes: Annotated[
-        int, About("memory for the KV cache of each model; 0 = a quarter of what is free", 0, 2**44)
+        int,
+        About(
+            "memory for the KV cache of each model; 0 = a quarter of what is free, on a GPU all that is left", 0, 2**44
+        ),
     ] = 0
-    max_batch_tokens: Annotated[int, About("most tokens a step computes", 16, 65536)] = 512
+    max_batch_tokens: Annotated[
+        int, About("most tokens a step computes; 0 = 512 on a processor, 4096 on a GPU", 0, 65536)
+    ] = 0
     max_batch_seqs: Annotated[int, About("most sequences a step advances", 1, 4096)] = 256
     target_itl_ms: Annotated[
         float, About("step time that prefill chunks are cut to while others stream; 0 = off", 0, 60_000)

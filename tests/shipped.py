@@ -8,7 +8,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block
+from services.backends.onnxruntime import OnnxRuntimeBackend
+from services.backends.sizing import StepLimits, bytes_per_block
 from services.loading import StoredModel, find_model
 from services.model_commands import SHIPPED_NAME, ensure_shipped
 from services.settings import Settings

@@ -77,6 +77,7 @@ static const char *type_name(int32_t type) {
     switch (type) {
     case MR_F32: return "float32";
     case MR_F16: return "float16";
+    case MR_BF16: return "bfloat16";
     case MR_I8: return "int8";
     case MR_I32: return "int32";
     case MR_I64: return "int64";
@@ -118,7 +119,9 @@ OrtStatus *mr_input(struct mr_call *call, size_t index, struct mr_tensor *out) {
 OrtStatus *mr_output(struct mr_call *call, size_t index, const int64_t *dims, size_t rank, void **data) {
     OrtValue *value = NULL;
     MR_TRY(ort.KernelContext_GetOutput(call->context, index, dims, rank, &value));
-    if (!value) return mr_fail("%s: output %s is not connected", call->op->name, call->op->outputs[index].name);
+    const struct mr_port *port = &call->op->outputs[index];
+    *data = NULL;
+    if (!value) return port->optional ? NULL : mr_fail("%s: output %s is not connected", call->op->name, port->name);
     return ort.GetTensorMutableData(value, data);
 }
 
@@ -252,7 +255,7 @@ static void destroy_kernel(void *memory) {
 }
 
 static const char *get_name(const OrtCustomOp *op) { return of(op)->name; }
-static const char *get_provider(const OrtCustomOp *op) { return (void)op, NULL; } /* NULL: the CPU */
+static const char *get_provider(const OrtCustomOp *op) { return of(op)->provider; }
 static int32_t get_input_type(const OrtCustomOp *op, size_t i) { return of(op)->inputs[i].type; }
 static size_t get_input_count(const OrtCustomOp *op) { return of(op)->num_inputs; }
 static int32_t get_output_type(const OrtCustomOp *op, size_t i) { return of(op)->outputs[i].type; }

@@ -28,7 +28,7 @@ typedef struct OrtApiBase {
 } OrtApiBase;
 
 /* ONNX element types, by their numbers in the format. */
-enum mr_type { MR_ANY = 0, MR_F32 = 1, MR_I8 = 3, MR_I32 = 6, MR_I64 = 7, MR_F16 = 10 };
+enum mr_type { MR_ANY = 0, MR_F32 = 1, MR_I8 = 3, MR_I32 = 6, MR_I64 = 7, MR_F16 = 10, MR_BF16 = 16 };
 
 /* An input or output of an operator. MR_ANY leaves the check of the type to the operator. */
 struct mr_port {
@@ -96,6 +96,7 @@ struct OrtCustomOp {
 struct mr_op {
     OrtCustomOp base; /* first: the runtime hands its address back */
     const char *name;
+    const char *provider; /* the execution provider it runs in; NULL = the CPU's */
     const struct mr_port *inputs;
     size_t num_inputs;
     const struct mr_port *outputs;
@@ -109,7 +110,12 @@ struct mr_op {
 
 /* Define an operator; it goes live when ops.c lists it. `base` is filled in there. */
 #define MR_DEFINE_OP(variable, op_name, input_ports, output_ports, kernel_type, create_fn, compute_fn)                        \
+    MR_DEFINE_OP_IN(NULL, variable, op_name, input_ports, output_ports, kernel_type, create_fn, compute_fn)
+
+/* The same in another execution provider: tensors then lie in that provider's memory. */
+#define MR_DEFINE_OP_IN(provider_name, variable, op_name, input_ports, output_ports, kernel_type, create_fn, compute_fn)      \
     struct mr_op variable = {.name = op_name,                                                                                 \
+                             .provider = provider_name,                                                                       \
                              .inputs = input_ports,                                                                           \
                              .num_inputs = MR_COUNT(input_ports),                                                             \
                              .outputs = output_ports,                                                                         \
@@ -149,7 +155,7 @@ OrtStatus *mr_attribute_string(const struct mr_node *node, const char *name, con
 /* Input `index`: refuses a missing required input and a wrong type; an absent optional one has present = 0. */
 OrtStatus *mr_input(struct mr_call *call, size_t index, struct mr_tensor *out);
 
-/* Make output `index` of this shape and give its memory. */
+/* Make output `index` of this shape and give its memory; NULL if the port is optional and nothing is connected to it. */
 OrtStatus *mr_output(struct mr_call *call, size_t index, const int64_t *dims, size_t rank, void **data);
 
 /* The runtime's threads as a parallel loop; valid during this call. */

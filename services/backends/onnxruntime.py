@@ -8,7 +8,6 @@ used.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from batcher.backend import BackendError, BackendErrorKind, BackendLimits, ModelInput, SamplingInput, StepOutput
 from kernels.loader import library_path
 from model_store.manifest import GRAPH_FILE, ModelManifest
+from services.backends.sizing import StepLimits, backend_limits
 
 CACHE_LINE_BYTES: Final = 64
 _BATCH_INPUTS: Final = (
@@ -33,30 +33,6 @@ _DTYPES: Final[dict[str, type[np.generic]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """How large a step and the KV pool may be; everything else follows from the model."""
-
-    max_batch_tokens: int
-    max_batch_seqs: int
-    kv_memory_bytes: int
-    threads: int
-    shares_cores: bool = False  # other models compute in this process
-
-
-def bytes_per_block(manifest: ModelManifest) -> int:
-    """Memory of one KV block through all layers, keys and values."""
-    kv = manifest.kv_cache
-    return manifest.geometry.num_layers * 2 * kv.elements_per_block * np.dtype(kv.dtype).itemsize
-
-
-def count_blocks(manifest: ModelManifest, limits: StepLimits) -> int:
-    """How many KV blocks fit `kv_memory_bytes`, never more than the largest batch of the longest requests could use."""
-    block_size = manifest.kv_cache.block_size
-    most_useful = limits.max_batch_seqs * -(-manifest.geometry.max_model_len // block_size)
-    return min(limits.kv_memory_bytes // bytes_per_block(manifest), most_useful, 2**31 // block_size - 1)
-
-
 class OnnxRuntimeBackend:
     """A Backend (batcher/backend.py) over one artifact of the store. Not thread-safe: one engine thread owns it."""
 
@@ -64,22 +40,8 @@ class OnnxRuntimeBackend:
         self, directory: Path, manifest: ModelManifest, limits: StepLimits, *, profile: Path | None = None
     ) -> None:
         geometry, kv = manifest.geometry, manifest.kv_cache
-        num_blocks = count_blocks(manifest, limits)
-        if num_blocks < 1:
-            raise BackendError(
-                BackendErrorKind.FATAL,
-                f"the KV cache of {manifest.model_id} needs at least {bytes_per_block(manifest):,} bytes;"
-                f" it was given {limits.kv_memory_bytes:,}",
-            )
-        self._limits = BackendLimits(
-            model=manifest.name,
-            num_blocks=num_blocks,
-            block_size=kv.block_size,
-            max_batch_tokens=limits.max_batch_tokens,
-            max_batch_seqs=min(limits.max_batch_seqs, limits.max_batch_tokens),
-            max_model_len=geometry.max_model_len,
-            vocab_size=geometry.vocab_size,
-        )
+        self._limits = backend_limits(manifest, limits)
+        num_blocks = self._limits.num_blocks
         self._session = _open(directory / GRAPH_FILE, limits, profile)
         self._kv_cache = _aligned_zeros((geometry.num_layers, 2, num_blocks, *kv.block_shape), np.dtype(kv.dtype))
         self._token_ids = np.zeros(self._limits.max_batch_seqs, dtype=np.int64)
@@ -106,7 +68,7 @@ class OnnxRuntimeBackend:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors share no base class that its stubs name
             raise BackendError(_kind_of(error), str(error)) from error
-        return StepOutput(token_ids=token_ids, logits=logits)
+        return StepOutput(token_ids, lambda: logits)
 
     def close(self) -> None:
         """Let go of the session and the pool (ONNX Runtime frees them with the last reference)."""

@@ -88,7 +88,7 @@ class ScriptedBackend:
             raise BackendError(kind, f"scripted fault at forward {number}")
         self._write(batch)
         logits = self._logits(batch)
-        return StepOutput(sample(logits, sampling), logits)
+        return StepOutput(sample(logits, sampling), lambda: logits)
 
     def close(self) -> None:
         """Forget everything."""

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batcher.engine import Engine
-from services.backends.onnxruntime import OnnxRuntimeBackend, StepLimits, bytes_per_block
+from services.backends.onnxruntime import OnnxRuntimeBackend
+from services.backends.sizing import StepLimits, bytes_per_block
 from services.loading import StoredModel
 from tests.services.recording import RecordingBackend
 from wire.messages import Failed, Finished, Generate, SamplingParams, Tokens

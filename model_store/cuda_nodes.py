@@ -29,7 +29,7 @@ from model_store.tensors import Tensor
 from model_store.weight_packer import PackedMatrix, WeightPacker
 from wire.errors import BadRequest
 
-ALIGNMENT: Final = 8  # elements of 16 bits that move as one: head dims and widths are multiples of it
+ALIGNMENT: Final = 8  # elements of 16 bits that move as one: widths and halves of heads are multiples of it
 LARGEST_CODE: Final = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
@@ -276,9 +276,13 @@ class CudaNBitsNodes(CudaNodes):
 
 def _check_sizes(spec: DecoderSpec) -> None:
     """Raises BadRequest for a shape that the CUDA operators do not take."""
-    sizes = {"head_dim": spec.head_dim, "hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
-    for name, size in sizes.items():
-        if size % ALIGNMENT:
-            raise BadRequest(f"{name} is {size}; the CUDA target takes multiples of {ALIGNMENT}", param="target")
+    sizes = (
+        ("head_dim", spec.head_dim, 2 * ALIGNMENT),  # PagedAttention moves each of the two halves that it rotates
+        ("hidden_size", spec.hidden_size, ALIGNMENT),
+        ("intermediate_size", spec.intermediate_size, ALIGNMENT),
+    )
+    for name, size, multiple in sizes:
+        if size % multiple:
+            raise BadRequest(f"{name} is {size}; the CUDA target takes multiples of {multiple}", param="target")
     if spec.head_dim > 256:
         raise BadRequest(f"head_dim is {spec.head_dim}; the CUDA target takes at most 256", param="target")

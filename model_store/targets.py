@@ -56,10 +56,10 @@ TARGETS: Final[Mapping[str, Mapping[str, Choice]]] = {
     "cuda": _choices(
         _cuda_float("bf16", "bfloat16", 1e-2),
         _cuda_float("fp16", "float16", 5e-3),
-        _cuda_float("bf16-kv-int8", "bfloat16", 0.05, kv_dtype="int8"),
-        _cuda_float("bf16-kv-fp8", "bfloat16", 0.1, kv_dtype="float8_e4m3fn"),
+        _cuda_float("bf16-kv-int8", "bfloat16", 0.1, kv_dtype="int8"),
+        _cuda_float("bf16-kv-fp8", "bfloat16", 0.15, kv_dtype="float8_e4m3fn"),
         _cuda_nbits("w8a16", 8, 128, 0.05),
-        _cuda_nbits("w4a16", 4, 64, 0.35),
+        _cuda_nbits("w4a16", 4, 64, 0.4),
     ),
 }
 

@@ -55,7 +55,7 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
     _check(model.manifest, workload)
     threads, vocab_size = step_limits(settings).threads, model.manifest.geometry.vocab_size
     backend = open_cpu(settings, model)
-    _run(Engine(backend), vocab_size, workload.prompt_tokens, 4, 2, seed=0)  # first touch of weights and pool
+    run_pass(Engine(backend), vocab_size, workload.prompt_tokens, 4, 2, seed=0)  # first touch of weights and pool
     passes: dict[int, list[Pass]] = defaultdict(list)
     limits: list[Limits] = []
     for round_index in range(workload.rounds):
@@ -64,7 +64,7 @@ def bench_engine(settings: Settings, name: str, workload: Workload, *, profile: 
             # A new engine is a new prefix cache: prompts of earlier passes must not be found.
             engine = Engine(backend)
             passes[count].append(
-                _run(
+                run_pass(
                     engine,
                     vocab_size,
                     workload.prompt_tokens,
@@ -105,7 +105,8 @@ def _check(manifest: ModelManifest, workload: Workload) -> None:
         raise BadRequest(f"{total} tokens a request; {manifest.model_id} accepts {manifest.geometry.max_model_len}")
 
 
-def _run(engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, count: int, *, seed: int) -> Pass:
+def run_pass(engine: Engine, vocab_size: int, prompt_tokens: int, new_tokens: int, count: int, *, seed: int) -> Pass:
+    """`count` requests of random tokens at once, to their end. Raises BadRequest if one fails."""
     random = np.random.default_rng(seed)
     for index in range(count):
         prompt = [int(token) for token in random.integers(0, vocab_size, prompt_tokens)]
@@ -168,7 +169,7 @@ def _profile(settings: Settings, model: StoredModel, workload: Workload) -> dict
     with tempfile.TemporaryDirectory() as directory:
         backend: OnnxRuntimeBackend = open_cpu(settings, model, profile=Path(directory) / "ort")
         count = max(workload.concurrency)
-        done = _run(Engine(backend), vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=7)
+        done = run_pass(Engine(backend), vocab_size, workload.prompt_tokens, workload.new_tokens, count, seed=7)
         events = json.loads(backend.end_profiling().read_text())
         backend.close()
     spent: dict[str, float] = defaultdict(float)

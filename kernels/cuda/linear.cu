@@ -16,29 +16,26 @@ struct gemv {
     int rows, N, K;
     float epsilon;
     int silu_mul;
-    int owned; /* rows of the weight that a block owns; with silu_mul half of gate and the same of up */
+    int owned; /* rows of the weight that a warp owns; with silu_mul half of gate and the same of up */
 };
 
-/* The weight's row that is number `i` of this block's, or -1 past the end. */
+/* The weight's row that is number `i` of this warp's, or -1 past the end. */
 MR_DEVICE int weight_row(const struct gemv *g, int i) {
     int outputs = g->silu_mul ? g->owned / 2 : g->owned;
-    int n = (int)blockIdx.x * outputs + i % outputs;
+    int warp = (int)(blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5));
+    int n = warp * outputs + i % outputs;
     return n < g->N ? n + (i / outputs) * g->N : -1;
 }
 
 /* Eight elements of row t of x from k on. */
 MR_DEVICE void load_x(const struct gemv *g, int t, int k, float *out) {
-    if (!g->x_is_f32) {
-        mr_unpack(*(const struct mr_words *)((const unsigned short *)g->x + (long long)t * g->K + k), out);
-        return;
-    }
-    mr_load_floats((const float *)g->x + (long long)t * g->K + k, out);
+    if (g->x_is_f32) mr_load_floats((const float *)g->x + (long long)t * g->K + k, out);
+    else mr_unpack(*(const struct mr_words *)((const unsigned short *)g->x + (long long)t * g->K + k), out);
 }
 
-/* One output: the sum, scaled by the norm, with bias, activation and residual. `up` counts with silu_mul only. */
-MR_DEVICE void store(const struct gemv *g, int t, int i, float y, float up, float inverse) {
-    int row = weight_row(g, i);
-    if (row < 0 || t >= g->rows) return;
+/* One output: the sum, scaled by the norm, with bias, activation and residual. `up` counts with silu_mul only. The residual may
+   lie where y does. */
+MR_DEVICE void store(const struct gemv *g, int t, int row, float y, float up, float inverse) {
     y *= inverse;
     if (g->bias) y += g->bias[row];
     if (g->silu_mul) {
@@ -52,101 +49,110 @@ MR_DEVICE void store(const struct gemv *g, int t, int i, float y, float up, floa
     else g->y16[at] = MR_FROM_FLOAT(y);
 }
 
-/* A block owns some rows of the weight and all rows of x; its threads split K, so that a weight is read once, sixteen bytes at a
-   time, and the loads of all rows are under way together. Each block reads all of x and norm, from the second cache: the more rows
-   it owns the less that costs, and the fewer blocks there are to fill the device, so there is a form for small layers and one for
-   large ones. The norm needs no pass of its own: rms_norm(x) . w is rsqrt(mean(x^2) + epsilon) * sum(x * norm * w), and the sum of
-   squares is gathered beside the products. Sums go through one fixed tree, so a result does not depend on what else runs. */
-#define MR_GEMV(NAME, ROWS, OWNED)                                                                                           \
-    MR_KERNEL void NAME(const void *x, int x_is_f32, const unsigned short *weight, const float *bias, const float *norm,     \
-                        const float *residual, unsigned short *y16, float *y32, int rows, int N, int K, float epsilon,       \
-                        int silu_mul) {                                                                                      \
-        const struct gemv g = {x, x_is_f32, weight, bias, norm, residual, y16, y32, rows, N, K, epsilon, silu_mul, OWNED};   \
-        MR_SHARED float partial[MOST_WARPS][OWNED * ROWS + ROWS];                                                            \
-        MR_SHARED float total[OWNED * ROWS + ROWS];                                                                          \
-        float sum[OWNED][ROWS], squares[ROWS];                                                                               \
-        const unsigned short *w[OWNED];                                                                                      \
-        MR_UNROLL                                                                                                            \
-        for (int t = 0; t < ROWS; ++t) squares[t] = 0.0f;                                                                    \
-        MR_UNROLL                                                                                                            \
-        for (int i = 0; i < OWNED; ++i) {                                                                                    \
-            int row = weight_row(&g, i);                                                                                     \
-            w[i] = weight + (long long)(row < 0 ? 0 : row) * K; /* past the end: read something, store nothing */            \
-            MR_UNROLL                                                                                                        \
-            for (int t = 0; t < ROWS; ++t) sum[i][t] = 0.0f;                                                                 \
-        }                                                                                                                    \
-        for (int k = (int)threadIdx.x * CHUNK; k < K; k += (int)blockDim.x * CHUNK) {                                        \
-            struct mr_words packed[OWNED];                                                                                   \
-            float a[ROWS][CHUNK];                                                                                            \
-            MR_UNROLL                                                                                                        \
-            for (int i = 0; i < OWNED; ++i) packed[i] = mr_load_once(w[i] + k);                                              \
-            MR_UNROLL                                                                                                        \
-            for (int t = 0; t < ROWS; ++t) load_x(&g, t < rows ? t : 0, k, a[t]);                                            \
-            if (norm) {                                                                                                      \
-                float gain[CHUNK];                                                                                           \
-                mr_load_floats(norm + k, gain);                                                                              \
-                MR_UNROLL                                                                                                    \
-                for (int t = 0; t < ROWS; ++t) {                                                                             \
-                    MR_UNROLL                                                                                                \
-                    for (int j = 0; j < CHUNK; ++j) {                                                                        \
-                        squares[t] = fmaf(a[t][j], a[t][j], squares[t]);                                                     \
-                        a[t][j] *= gain[j];                                                                                  \
-                    }                                                                                                        \
-                }                                                                                                            \
-            }                                                                                                                \
-            MR_UNROLL                                                                                                        \
-            for (int i = 0; i < OWNED; ++i) {                                                                                \
-                float b[CHUNK];                                                                                              \
-                mr_unpack(packed[i], b);                                                                                     \
-                MR_UNROLL                                                                                                    \
-                for (int t = 0; t < ROWS; ++t) {                                                                             \
-                    MR_UNROLL                                                                                                \
-                    for (int j = 0; j < CHUNK; ++j) sum[i][t] = fmaf(b[j], a[t][j], sum[i][t]);                              \
-                }                                                                                                            \
-            }                                                                                                                \
-        }                                                                                                                    \
-        int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, warps = (int)blockDim.x >> 5;                        \
-        MR_UNROLL                                                                                                            \
-        for (int t = 0; t < ROWS; ++t) {                                                                                     \
-            MR_UNROLL                                                                                                        \
-            for (int i = 0; i < OWNED; ++i) {                                                                                \
-                float s = mr_warp_sum(sum[i][t]);                                                                            \
-                if (lane == 0) partial[warp][i * ROWS + t] = s;                                                              \
-            }                                                                                                                \
-            float s = mr_warp_sum(squares[t]);                                                                               \
-            if (lane == 0) partial[warp][OWNED * ROWS + t] = s;                                                              \
-        }                                                                                                                    \
-        __syncthreads();                                                                                                     \
-        for (int j = (int)threadIdx.x; j < OWNED * ROWS + ROWS; j += (int)blockDim.x) {                                      \
-            float s = 0.0f;                                                                                                  \
-            for (int v = 0; v < warps; ++v) s += partial[v][j];                                                              \
-            total[j] = s;                                                                                                    \
-        }                                                                                                                    \
-        __syncthreads();                                                                                                     \
-        int outputs = silu_mul ? OWNED / 2 : OWNED;                                                                          \
-        for (int j = (int)threadIdx.x; j < outputs * ROWS; j += (int)blockDim.x) {                                           \
-            int i = j / ROWS, t = j % ROWS;                                                                                  \
-            float inverse = norm ? rsqrtf(total[OWNED * ROWS + t] / (float)K + epsilon) : 1.0f;                              \
-            store(&g, t, i, total[i * ROWS + t], silu_mul ? total[(i + OWNED / 2) * ROWS + t] : 0.0f, inverse);              \
-        }                                                                                                                    \
+/* A warp owns a few rows of the weight and all rows of x; its lanes split K, so that a weight is read once, sixteen bytes at a time,
+   STEPS loads of each row under way together. Warps need nothing of each other: while one adds up, others load. x and norm come out
+   of the first cache, which the weights pass by. The norm needs no pass of its own: rms_norm(x) . w is
+   rsqrt(mean(x^2) + epsilon) * sum(x * norm * w), and the sum of squares is gathered beside the products. Sums go through one fixed
+   tree, so a result does not depend on what else runs. */
+#define MR_GEMV(NAME, ROWS, OWNED, STEPS)                                                                                     \
+    MR_KERNEL void NAME(const void *x, int x_is_f32, const unsigned short *weight, const float *bias, const float *norm,      \
+                        const float *residual, unsigned short *y16, float *y32, int rows, int N, int K, float epsilon,        \
+                        int silu_mul) {                                                                                       \
+        const struct gemv g = {x, x_is_f32, weight, bias, norm, residual, y16, y32, rows, N, K, epsilon, silu_mul, OWNED};    \
+        float sum[OWNED][ROWS], squares[ROWS];                                                                                \
+        const unsigned short *w[OWNED];                                                                                       \
+        int lane = (int)threadIdx.x & 31;                                                                                     \
+        MR_UNROLL                                                                                                             \
+        for (int t = 0; t < ROWS; ++t) squares[t] = 0.0f;                                                                     \
+        MR_UNROLL                                                                                                             \
+        for (int i = 0; i < OWNED; ++i) {                                                                                     \
+            int row = weight_row(&g, i);                                                                                      \
+            w[i] = weight + (long long)(row < 0 ? 0 : row) * K; /* past the end: read something, store nothing */             \
+            MR_UNROLL                                                                                                         \
+            for (int t = 0; t < ROWS; ++t) sum[i][t] = 0.0f;                                                                  \
+        }                                                                                                                     \
+        for (int start = lane * CHUNK; start < K; start += 32 * CHUNK * STEPS) {                                              \
+            struct mr_words packed[STEPS][OWNED];                                                                             \
+            MR_UNROLL                                                                                                         \
+            for (int s = 0; s < STEPS; ++s) {                                                                                 \
+                int k = start + s * 32 * CHUNK;                                                                               \
+                MR_UNROLL                                                                                                     \
+                for (int i = 0; i < OWNED; ++i) packed[s][i] = mr_load_once(w[i] + (k < K ? k : 0));                          \
+            }                                                                                                                 \
+            MR_UNROLL                                                                                                         \
+            for (int s = 0; s < STEPS; ++s) {                                                                                 \
+                int k = start + s * 32 * CHUNK;                                                                               \
+                float a[ROWS][CHUNK], gain[CHUNK];                                                                            \
+                if (k >= K) break;                                                                                            \
+                MR_UNROLL                                                                                                     \
+                for (int t = 0; t < ROWS; ++t) load_x(&g, t < rows ? t : 0, k, a[t]);                                         \
+                if (norm) {                                                                                                   \
+                    mr_load_floats(norm + k, gain);                                                                           \
+                    MR_UNROLL                                                                                                 \
+                    for (int t = 0; t < ROWS; ++t) {                                                                          \
+                        MR_UNROLL                                                                                             \
+                        for (int j = 0; j < CHUNK; ++j) {                                                                     \
+                            squares[t] = fmaf(a[t][j], a[t][j], squares[t]);                                                  \
+                            a[t][j] *= gain[j];                                                                               \
+                        }                                                                                                     \
+                    }                                                                                                         \
+                }                                                                                                             \
+                MR_UNROLL                                                                                                     \
+                for (int i = 0; i < OWNED; ++i) {                                                                             \
+                    float b[CHUNK];                                                                                           \
+                    mr_unpack(packed[s][i], b);                                                                               \
+                    MR_UNROLL                                                                                                 \
+                    for (int t = 0; t < ROWS; ++t) {                                                                          \
+                        MR_UNROLL                                                                                             \
+                        for (int j = 0; j < CHUNK; ++j) sum[i][t] = fmaf(b[j], a[t][j], sum[i][t]);                           \
+                    }                                                                                                         \
+                }                                                                                                             \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        int outputs = silu_mul ? OWNED / 2 : OWNED;                                                                           \
+        MR_UNROLL                                                                                                             \
+        for (int t = 0; t < ROWS; ++t) {                                                                                      \
+            float inverse = norm ? rsqrtf(mr_warp_sum(squares[t]) / (float)K + epsilon) : 1.0f;                               \
+            MR_UNROLL                                                                                                         \
+            for (int i = 0; i < OWNED; ++i) sum[i][t] = mr_warp_sum(sum[i][t]);                                               \
+            MR_UNROLL                                                                                                         \
+            for (int i = 0; i < OWNED; ++i) {                                                                                 \
+                int row = weight_row(&g, i);                                                                                  \
+                if (lane != i * ROWS + t || i >= outputs || row < 0 || t >= rows) continue;                                   \
+                store(&g, t, row, sum[i][t], silu_mul ? sum[(i + OWNED / 2) % OWNED][t] : 0.0f, inverse);                     \
+            }                                                                                                                 \
+        }                                                                                                                     \
     }
 
-MR_GEMV(millrace_gemv_1, 1, 8)
-MR_GEMV(millrace_gemv_1_wide, 1, 16)
-MR_GEMV(millrace_gemv_2, 2, 8)
-MR_GEMV(millrace_gemv_2_wide, 2, 16)
-MR_GEMV(millrace_gemv_4, 4, 8)
-MR_GEMV(millrace_gemv_4_wide, 4, 16)
+/* Small layers: a row a warp, or there would be too few warps to keep the memory busy. Large ones: several, to read x less often. */
+MR_GEMV(millrace_gemv_1, 1, 1, 8)
+MR_GEMV(millrace_gemv_1_wide, 1, 4, 2)
+MR_GEMV(millrace_gemv_2, 2, 1, 8)
+MR_GEMV(millrace_gemv_2_wide, 2, 4, 2)
+MR_GEMV(millrace_gemv_4, 4, 1, 8)
+MR_GEMV(millrace_gemv_4_wide, 4, 4, 2)
 
-/* y = rms_norm(x) in T, or x in T without a norm: a block a row. */
+/* Eight floats of T side by side. */
+MR_DEVICE struct mr_words pack(const float *values) {
+    struct mr_words out;
+    MR_UNROLL
+    for (int j = 0; j < 4; ++j) out.w[j] = MR_FROM_FLOAT(values[2 * j]) | (unsigned)MR_FROM_FLOAT(values[2 * j + 1]) << 16;
+    return out;
+}
+
+/* y = rms_norm(x) in T, or x in T without a norm: a block a row, K a multiple of 8. */
 MR_KERNEL void millrace_norm_rows(const float *x, const float *norm, unsigned short *y, int K, float epsilon) {
     MR_SHARED float partial[MOST_WARPS];
     const float *row = x + (long long)blockIdx.x * K;
     unsigned short *out = y + (long long)blockIdx.x * K;
-    float inverse = 1.0f;
+    float inverse = 1.0f, values[CHUNK], gain[CHUNK];
     if (norm) {
         float squares = 0.0f;
-        for (int k = (int)threadIdx.x; k < K; k += (int)blockDim.x) squares = fmaf(row[k], row[k], squares);
+        for (int k = (int)threadIdx.x * CHUNK; k < K; k += (int)blockDim.x * CHUNK) {
+            mr_load_floats(row + k, values);
+            MR_UNROLL
+            for (int j = 0; j < CHUNK; ++j) squares = fmaf(values[j], values[j], squares);
+        }
         squares = mr_warp_sum(squares);
         if (((int)threadIdx.x & 31) == 0) partial[threadIdx.x >> 5] = squares;
         __syncthreads();
@@ -154,8 +160,15 @@ MR_KERNEL void millrace_norm_rows(const float *x, const float *norm, unsigned sh
         for (int v = 0; v < (int)blockDim.x >> 5; ++v) squares += partial[v];
         inverse = rsqrtf(squares / (float)K + epsilon);
     }
-    for (int k = (int)threadIdx.x; k < K; k += (int)blockDim.x)
-        out[k] = MR_FROM_FLOAT(norm ? row[k] * inverse * norm[k] : row[k]);
+    for (int k = (int)threadIdx.x * CHUNK; k < K; k += (int)blockDim.x * CHUNK) {
+        mr_load_floats(row + k, values);
+        if (norm) {
+            mr_load_floats(norm + k, gain);
+            MR_UNROLL
+            for (int j = 0; j < CHUNK; ++j) values[j] *= inverse * gain[j];
+        }
+        *(struct mr_words *)(out + k) = pack(values);
+    }
 }
 
 /* y [rows, N] = silu(gate) * up of gate_up [rows, 2N] (+ bias [2N]). N a multiple of 8: eight elements a thread; else one. */
@@ -172,7 +185,6 @@ MR_KERNEL void millrace_silu_mul(const unsigned short *gate_up, const float *bia
         return;
     }
     float g[CHUNK], u[CHUNK];
-    struct mr_words out;
     mr_unpack(*(const struct mr_words *)gate, g);
     mr_unpack(*(const struct mr_words *)up, u);
     MR_UNROLL
@@ -183,9 +195,7 @@ MR_KERNEL void millrace_silu_mul(const unsigned short *gate_up, const float *bia
         }
         g[j] = mr_silu(g[j]) * u[j];
     }
-    MR_UNROLL
-    for (int j = 0; j < 4; ++j) out.w[j] = MR_FROM_FLOAT(g[2 * j]) | (unsigned)MR_FROM_FLOAT(g[2 * j + 1]) << 16;
-    *(struct mr_words *)(y + at) = out;
+    *(struct mr_words *)(y + at) = pack(g);
 }
 
 /* y [rows, N] = residual + bias, each where given: what a product is then added to. */

@@ -6,11 +6,11 @@
    over functions, the cuBLAS handle, the stream and scratch memory in `struct mr_cuda`. */
 #include "abi.h"
 
-#define MR_GEMV_THREADS 256 /* most threads of the fused kernel's blocks */
+#define MR_GEMV_WARPS 4     /* of the fused kernel's blocks */
 #define MR_GEMV_FORMS 3     /* for up to 1, 2 and 4 rows */
-#define MR_OWNED 8          /* rows of the weight that one of its blocks owns */
-#define MR_OWNED_WIDE 16    /* in the form for large layers */
-#define MR_WIDE_COLUMNS 8192 /* from so many rows of the weight on there are blocks enough for the wide form */
+#define MR_OWNED 1          /* rows of the weight that one of its warps owns */
+#define MR_OWNED_WIDE 4     /* in the form for large layers */
+#define MR_WIDE_COLUMNS 8192 /* from so many rows of the weight on there are warps enough for the wide form */
 #define MR_ROW_THREADS 256  /* threads of the kernels that walk rows */
 #define MR_ALIGNMENT 8      /* elements that are read at once: K is a multiple */
 
@@ -159,18 +159,17 @@ static OrtStatus *launch_elements(const struct mr_cuda *cuda, const char *what, 
     return launch(cuda, what, function, mr_ceil_div(threads, MR_ROW_THREADS), MR_ROW_THREADS, arguments);
 }
 
-/* Few rows: everything in one kernel. */
+/* Few rows: everything in one kernel. Gate and up need a warp that owns both, so they always take the wide form. */
 static OrtStatus *compute_fused(const struct linear_kernel *kernel, struct linear_run *run) {
     const struct mr_cuda *cuda = kernel->cuda;
-    const int form = run->rows <= 1 ? 0 : run->rows <= 2 ? 1 : 2, wide = run->columns >= MR_WIDE_COLUMNS;
-    const size_t owned = wide ? MR_OWNED_WIDE : MR_OWNED, outputs = kernel->gated ? owned / 2 : owned;
+    const int form = run->rows <= 1 ? 0 : run->rows <= 2 ? 1 : 2, wide = kernel->gated || run->columns >= MR_WIDE_COLUMNS;
+    const size_t owned = wide ? MR_OWNED_WIDE : MR_OWNED, outputs = (kernel->gated ? owned / 2 : owned) * MR_GEMV_WARPS;
     float epsilon = kernel->norm_epsilon;
     int32_t gated = kernel->gated;
     void *arguments[] = {&run->x,   &run->x_is_f32, &run->weight, &run->bias, &run->norm, &run->residual, &run->y16,
                          &run->y32, &run->rows,     &run->N,      &run->K,    &epsilon,   &gated};
-    const size_t threads = mr_min(mr_round_up((size_t)run->K / MR_ALIGNMENT, 32), MR_GEMV_THREADS);
     const size_t blocks = mr_ceil_div((size_t)run->N, outputs);
-    return launch(cuda, "gemv", cuda->gemv[form][wide], blocks, threads, arguments);
+    return launch(cuda, "gemv", cuda->gemv[form][wide], blocks, 32 * MR_GEMV_WARPS, arguments);
 }
 
 /* c [rows, columns] = a [rows, K] @ weight^T + beta * c: row-major, so for cuBLAS the transpose of it all. */
@@ -219,7 +218,8 @@ static OrtStatus *compute_gated(const struct mr_cuda *cuda, struct linear_run *r
 
 static OrtStatus *compute_f32(const struct mr_cuda *cuda, struct linear_run *run, const void *a) {
     const int adds = run->residual || run->bias;
-    if (adds) {
+    const int is_in_place = run->residual == run->y32 && !run->bias; /* the sum begins where the residual lies already */
+    if (adds && !is_in_place) {
         void *arguments[] = {&run->residual, &run->bias, &run->y32, &run->rows, &run->N};
         MR_TRY(launch_elements(cuda, "residual_bias", cuda->residual_bias, run, 1, arguments));
     }
@@ -249,6 +249,16 @@ static OrtStatus *compute_linear(const void *memory, struct mr_call *call) {
 
 /* ---- the operators ---- */
 
+/* The sum may take the residual's memory, if nobody reads that any more: no copy before a product is added to it. */
+static size_t may_inplace(int **inputs, int **outputs) {
+    static int input[] = {RESIDUAL}, output[] = {Y32};
+    *inputs = input;
+    *outputs = output;
+    return 1;
+}
+
+static void release_may_inplace(int *inputs, int *outputs) { (void)inputs, (void)outputs; }
+
 #define PROVIDER "CUDAExecutionProvider"
 #define PORTS(name, type)                                                                                                     \
     static const struct mr_port name##_inputs[] = {                                                                           \
@@ -269,5 +279,9 @@ MR_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiB
 
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     MR_TRY(mr_bind_api(base));
+    for (size_t i = 0; i < MR_COUNT(operators); ++i) {
+        operators[i]->may_inplace = may_inplace;
+        operators[i]->release_may_inplace = release_may_inplace;
+    }
     return mr_register(options, operators, MR_COUNT(operators));
 }

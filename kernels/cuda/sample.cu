@@ -8,6 +8,7 @@
    scores are estimated in float32 first, and every token within 1e-3 of the best estimate is scored exactly. */
 #include "common.cuh"
 
+#define PARTS 16 /* of a row, whose tops are found apart; the launch of millrace_top counts on it */
 #define CANDIDATES 7
 #define MOST_WARPS 32
 #define FLOAT_MAX 3.402823466e+38f
@@ -251,28 +252,36 @@ MR_DEVICE unsigned draw_token(const struct row *r, const struct draw *d, u64 *sh
 
 /* ---- the kernel ---- */
 
-/* The largest usable logit and the lowest id that has it, as key << 32 | ~id; whether any logit is finite. */
-MR_DEVICE u64 find_top(const float *logits, int vocab_size, int *has_finite, u64 *shared) {
-    u64 best = 0;
-    int finite = 0;
-    int vectors = vocab_size % 4 ? 0 : vocab_size / 4;
-    for (int i = (int)threadIdx.x; i < vectors; i += (int)blockDim.x) {
-        struct mr_words v = ((const struct mr_words *)logits)[i];
+/* What a part of a row holds. */
+struct top {
+    u64 best;   /* the largest usable logit and the lowest id that has it: key << 32 | ~id */
+    u64 finite; /* whether any logit is finite */
+};
+
+MR_DEVICE void look_at(float logit, int id, struct top *top) {
+    u64 at = (u64)key_of(usable(logit)) << 32 | ~(unsigned)id;
+    top->finite |= fabsf(logit) <= FLOAT_MAX;
+    top->best = at > top->best ? at : top->best;
+}
+
+/* The tops of PARTS parts of each row: many blocks a row, because one multiprocessor reads a row of a large vocabulary in twenty
+   microseconds. Grid: rows * PARTS blocks. Rows of logits begin on 16-byte boundaries if vocab_size is a multiple of 4. */
+MR_KERNEL void millrace_top(const float *logits, long long vocab_size, struct top *tops) {
+    MR_SHARED u64 shared[MOST_WARPS];
+    int part = (int)(blockIdx.x % PARTS), stride = (int)blockDim.x * PARTS;
+    const float *row = logits + (long long)(blockIdx.x / PARTS) * vocab_size;
+    int vectors = vocab_size % 4 ? 0 : (int)vocab_size / 4;
+    struct top top = {0, 0};
+    for (int i = part * (int)blockDim.x + (int)threadIdx.x; i < vectors; i += stride) {
+        struct mr_words v = ((const struct mr_words *)row)[i];
         MR_UNROLL
-        for (int j = 0; j < 4; ++j) {
-            float logit = __uint_as_float(v.w[j]);
-            finite |= fabsf(logit) <= FLOAT_MAX;
-            u64 at = (u64)key_of(usable(logit)) << 32 | ~(unsigned)(4 * i + j);
-            best = at > best ? at : best;
-        }
+        for (int j = 0; j < 4; ++j) look_at(__uint_as_float(v.w[j]), 4 * i + j, &top);
     }
-    for (int id = 4 * vectors + (int)threadIdx.x; id < vocab_size; id += (int)blockDim.x) {
-        finite |= fabsf(logits[id]) <= FLOAT_MAX;
-        u64 at = (u64)key_of(usable(logits[id])) << 32 | ~(unsigned)id;
-        best = at > best ? at : best;
-    }
-    *has_finite = block_max((u64)finite, shared) != 0;
-    return block_max(best, shared);
+    for (int id = 4 * vectors + part * (int)blockDim.x + (int)threadIdx.x; id < (int)vocab_size; id += stride)
+        look_at(row[id], id, &top);
+    top.finite = block_max(top.finite, shared);
+    top.best = block_max(top.best, shared);
+    if (threadIdx.x == 0) tops[blockIdx.x] = top;
 }
 
 /* The cut of top_k and top_p together. */
@@ -289,17 +298,22 @@ MR_DEVICE struct cut filter(const struct row *r, int top_k, float top_p, u64 *sh
     return find_cut(r, kept, 1, target < 1.0 ? 1 : (u64)target, shared);
 }
 
-/* One block a row, of a multiple of 32 threads up to 512 (registers). Rows of logits begin on 16-byte boundaries if vocab_size is a multiple
-   of 4. */
-MR_KERNEL void millrace_sample(const float *logits, long long vocab_size, const float *temperature, const int *top_k,
-                               const float *top_p, const float *min_p, const long long *seed, const long long *position,
-                               long long *token_ids) {
+/* A token for each row, from the tops that millrace_top has found. One block a row, of a multiple of 32 threads up to 512
+   (registers). */
+MR_KERNEL void millrace_sample(const float *logits, long long vocab_size, const struct top *tops, const float *temperature,
+                               const int *top_k, const float *top_p, const float *min_p, const long long *seed,
+                               const long long *position, long long *token_ids) {
     MR_SHARED u64 shared[MOST_WARPS];
-    int at = (int)blockIdx.x, has_finite;
+    int at = (int)blockIdx.x;
     struct row r;
     r.logits = logits + (long long)at * vocab_size;
     r.vocab_size = (int)vocab_size;
-    u64 top = find_top(r.logits, r.vocab_size, &has_finite, shared);
+    u64 top = 0, has_finite = 0;
+    for (int part = 0; part < PARTS; ++part) {
+        struct top other = tops[at * PARTS + part];
+        top = other.best > top ? other.best : top;
+        has_finite |= other.finite;
+    }
     unsigned token = ~(unsigned)top;
     if (has_finite && temperature[at] > 0.0f) {
         r.temperature = (double)temperature[at];

@@ -41,6 +41,8 @@ from services.backends.step_image import (
 
 logger = logging.getLogger(__name__)
 
+TOP_PARTS: Final = 16  # as sample.cu cuts a row
+TOP_THREADS: Final = 256
 SAMPLE_THREADS: Final = 512  # its registers do not allow 1024
 ADVANCE_THREADS: Final = 256
 _GRAPH_INPUTS: Final = ("input_ids", "cu_seqlens", "past_lens", "block_table", "slot_mapping", "logits_rows")
@@ -125,6 +127,7 @@ class CudaParts:
 
     device: StepDevice
     session: StepSession
+    top: Launchable
     sample: Launchable
     advance: Launchable
     close: Callable[[], None]  # of everything else, once the backend has let go of the session
@@ -155,7 +158,7 @@ class CudaBackend:
         """`look_ahead`: compute decode steps before they are asked for; logits can then not be read."""
         self._device = parts.device
         self._session: StepSession | None = parts.session
-        self._sample, self._advance, self._close_parts = parts.sample, parts.advance, parts.close
+        self._parts = parts
         self._limits = limits
         self._use_graphs = use_graphs
         self._patience = Patience() if look_ahead else None
@@ -165,6 +168,7 @@ class CudaBackend:
         self._image = self._device.pinned(layout(self._most).num_bytes)
         self._inputs = self._device.allocate(layout(self._most).num_bytes)
         self._logits = self._device.allocate(limits.max_batch_seqs * limits.vocab_size * 4)
+        self._tops = self._device.allocate(limits.max_batch_seqs * TOP_PARTS * 16)
         self._token_ids = self._device.allocate(limits.max_batch_seqs * 8)
         self._answers = tuple(self._new_answer() for _ in range(2))
         self._pool = self._device.allocate(manifest.geometry.num_layers * 2 * self._block_bytes(manifest))
@@ -215,9 +219,9 @@ class CudaBackend:
         self._decodes.clear()
         del self._general
         self._session = None
-        for address in (self._inputs, self._logits, self._token_ids, self._pool):
+        for address in (self._inputs, self._logits, self._tops, self._token_ids, self._pool):
             self._device.release(address)
-        self._close_parts()
+        self._parts.close()
 
     # ---- any step, as it is ----
 
@@ -327,7 +331,7 @@ class CudaBackend:
             return None
         follower = self._answers[1] if answer is self._answers[0] else self._answers[0]
         at = {name: self._inputs + field.offset for name, field in decode.layout.fields.items()}
-        self._advance.launch(
+        self._parts.advance.launch(
             -(-bucket.rows // ADVANCE_THREADS),
             ADVANCE_THREADS,
             *(ctypes.c_void_p(at[name]) for name in ("input_ids", "past_lens", "slot_mapping", "position")),
@@ -349,14 +353,10 @@ class CudaBackend:
 
     def _launch_sample(self, plan: Layout, rows: int) -> None:
         fields = [ctypes.c_void_p(self._inputs + plan.fields[name].offset) for name in _SAMPLING_FIELDS]
-        self._sample.launch(
-            rows,
-            SAMPLE_THREADS,
-            ctypes.c_void_p(self._logits),
-            ctypes.c_longlong(self._limits.vocab_size),
-            *fields,
-            ctypes.c_void_p(self._token_ids),
-        )
+        logits = (ctypes.c_void_p(self._logits), ctypes.c_longlong(self._limits.vocab_size))
+        tops, token_ids = ctypes.c_void_p(self._tops), ctypes.c_void_p(self._token_ids)
+        self._parts.top.launch(rows * TOP_PARTS, TOP_THREADS, *logits, tops)
+        self._parts.sample.launch(rows, SAMPLE_THREADS, *logits, tops, *fields, token_ids)
 
     def _fetch(self, answer: _Answer, rows: int) -> None:
         self._device.copy_out(answer.token_ids[:rows].view(np.uint8), self._token_ids)

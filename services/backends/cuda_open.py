@@ -15,7 +15,7 @@ import numpy as np
 from batcher.backend import BackendError, BackendErrorKind, ModelInput, SamplingInput
 from kernels.cuda.binding import LinearBinding
 from kernels.cuda.compiler import CudaCompileError, compile_kernels
-from kernels.cuda.device import CudaError, Device
+from kernels.cuda.device import CudaError, Device, Kernel
 from kernels.loader import KernelsUnavailable
 from model_store.manifest import GRAPH_FILE, ModelManifest
 from services.backends.cuda import CudaBackend, CudaParts
@@ -58,7 +58,6 @@ def _open_parts(
 ) -> tuple[CudaParts, Device]:
     dtype = manifest.activations
     device = Device()
-    cubins = {name: compile_kernels(f"{name}.cu", device.facts.architecture, dtype) for name in ("sample", "advance")}
     binding = LinearBinding(device, dtype, scratch_bytes(manifest, limits))
     session = CudaSession(
         directory / GRAPH_FILE, binding.session(), ordinal=device.ordinal, stream=device.stream, profile=profile
@@ -68,9 +67,14 @@ def _open_parts(
         binding.close()
         device.close()
 
-    kernels = {name: device.load_kernels(cubin, [f"millrace_{name}"]) for name, cubin in cubins.items()}
-    sample, advance = (kernels[name][f"millrace_{name}"] for name in ("sample", "advance"))
-    return CudaParts(device, session, sample, advance, close), device
+    top, sample = _kernels(device, dtype, "sample.cu", "millrace_top", "millrace_sample")
+    (advance,) = _kernels(device, dtype, "advance.cu", "millrace_advance")
+    return CudaParts(device, session, top, sample, advance, close), device
+
+
+def _kernels(device: Device, dtype: str, source: str, *names: str) -> list[Kernel]:
+    found = device.load_kernels(compile_kernels(source, device.facts.architecture, dtype), names)
+    return [found[name] for name in names]
 
 
 def scratch_bytes(manifest: ModelManifest, limits: StepLimits) -> int:

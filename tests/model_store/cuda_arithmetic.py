@@ -1,4 +1,8 @@
-"""The arithmetic that the operators of the CUDA target share, and how they say no."""
+"""The arithmetic that the operators of the CUDA target share, and how they say no.
+
+Every row is computed on its own, in an order that depends on nothing but its length, as kernels must that promise
+results independent of the batch: tests can then ask for equal bits where a step is cut in another way.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,12 @@ def require(holds: bool, why: str) -> None:
 def widened(x: Array) -> Floats:
     """`x` in float32, which holds every value of the narrower types."""
     return x.astype(np.float32)
+
+
+def row_by_row(x: Floats, weight: Floats) -> Floats:
+    """x [T, K] @ weight [N, K]^T, each row in a product of its own: [T, N]."""
+    product: Floats = np.matmul(x[:, None, :], weight.T)[:, 0]
+    return product
 
 
 def rms_norm(x: Floats, epsilon: float) -> Floats:

@@ -157,17 +157,17 @@ def _load(cache: Array, scale: Array | None, blocks: Int32s, length: int, dtype:
 
 def _softmax_over(node: Attention, q: Array, k: Array, v: Array) -> Array:
     """q [n, H, D], the last n tokens of a sequence of L, over k and v [L, KV, D]: [n, H, D]."""
-    num_new, head_dim = len(q), q.shape[2]
     group = node.num_heads // node.kv_num_heads
     keys, values = (np.repeat(widened(x), group, axis=1).transpose(1, 0, 2) for x in (k, v))  # [H, L, D]
-    scale = np.float32(node.scale or head_dim**-0.5)
-    scores: Floats = (widened(q).transpose(1, 0, 2) @ keys.transpose(0, 2, 1)) * scale
-    if node.softcap:
-        scores = np.float32(node.softcap) * np.tanh(scores / np.float32(node.softcap))
-    distance = np.arange(len(k) - num_new, len(k))[:, None] - np.arange(len(k))
-    is_seen = (distance >= 0) & (distance < node.local_window_size if node.local_window_size > 0 else True)
-    scores = np.where(is_seen, scores, np.float32(-np.inf))
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    attended = widened(weights.astype(q.dtype)) @ values / weights.sum(axis=-1, keepdims=True, dtype=np.float32)
-    out: Array = attended.astype(q.dtype).transpose(1, 0, 2)
+    scale = np.float32(node.scale or q.shape[2] ** -0.5)
+    out = np.empty(q.shape, q.dtype)
+    for row, query in enumerate(widened(q)):
+        end = len(k) - len(q) + row + 1
+        seen = slice(max(0, end - node.local_window_size) if node.local_window_size > 0 else 0, end)
+        scores: Floats = (keys[:, seen] @ query[:, :, None])[..., 0] * scale
+        if node.softcap:
+            scores = np.float32(node.softcap) * np.tanh(scores / np.float32(node.softcap))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        attended = (widened(weights.astype(q.dtype))[:, None] @ values[:, seen])[:, 0]
+        out[row] = attended / weights.sum(axis=-1, keepdims=True, dtype=np.float32)
     return out

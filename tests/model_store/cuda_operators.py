@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-from tests.model_store.cuda_arithmetic import Array, require, rms_norm, silu, widened
+from tests.model_store.cuda_arithmetic import Array, require, rms_norm, row_by_row, silu, widened
 from tests.model_store.cuda_attention import Attention, attend
 
 ALIGNMENT = 8  # elements of a row that our linear layers read at once
@@ -47,7 +47,7 @@ class _Linear(OpRun):
         is_float = _connected_output(self.output) == 1
         self._check(x, weight, bias, norm, residual, gated=activation == "silu_mul", is_float=is_float)
         rows = x if norm is None else rms_norm(x, norm_epsilon) * norm
-        y = widened(rows.astype(self.DTYPE)) @ widened(weight).T
+        y = row_by_row(widened(rows.astype(self.DTYPE)), widened(weight))
         if bias is not None:
             y = y + bias
         if activation == "silu_mul":
@@ -126,7 +126,7 @@ class MatMulNBits(OpRun):
         codes = b if bits == 8 else np.stack([b & 15, b >> 4], axis=-1).reshape(N, groups, block_size)
         steps = codes.astype(np.float32) - np.float32(1 << (bits - 1))
         weight = (steps * widened(scales)[:, :, None]).reshape(N, -1)[:, :K].astype(a.dtype)
-        y = (widened(a) @ widened(weight).T).astype(a.dtype)
+        y = row_by_row(widened(a), widened(weight)).astype(a.dtype)
         if bias is None:
             return (y,)
         require(bias.dtype == a.dtype and bias.shape == (N,), f"bias is {bias.dtype}{bias.shape}")

@@ -40,9 +40,12 @@ static void run_residual_bias(void) {
 
 static void run_add_bias(void) { millrace_add_bias(ARG(unsigned short *, 0), ARG(const float *, 1), ARG(int, 2), ARG(int, 3)); }
 
+static void run_top(void) { millrace_top(ARG(const float *, 0), ARG(long long, 1), ARG(struct top *, 2)); }
+
 static void run_sample(void) {
-    millrace_sample(ARG(const float *, 0), ARG(long long, 1), ARG(const float *, 2), ARG(const int *, 3), ARG(const float *, 4),
-                    ARG(const float *, 5), ARG(const long long *, 6), ARG(const long long *, 7), ARG(long long *, 8));
+    millrace_sample(ARG(const float *, 0), ARG(long long, 1), ARG(const struct top *, 2), ARG(const float *, 3),
+                    ARG(const int *, 4), ARG(const float *, 5), ARG(const float *, 6), ARG(const long long *, 7),
+                    ARG(const long long *, 8), ARG(long long *, 9));
 }
 
 static const struct {
@@ -55,7 +58,8 @@ static const struct {
     {"millrace_gemv_4", run_gemv_4},       {"millrace_gemv_4_wide", run_gemv_4_wide},
     {"millrace_norm_rows", run_norm_rows},
     {"millrace_silu_mul", run_silu_mul},   {"millrace_residual_bias", run_residual_bias},
-    {"millrace_add_bias", run_add_bias},   {"millrace_sample", run_sample},
+    {"millrace_add_bias", run_add_bias},   {"millrace_top", run_top},
+    {"millrace_sample", run_sample},
 };
 
 static void (*running)(void);

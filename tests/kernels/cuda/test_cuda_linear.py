@@ -16,6 +16,7 @@ DTYPES: dict[str, type[Any]] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.fl
 EPSILON = 1e-5
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
 NOTHING = ctypes.c_void_p(None)
+WARPS = 2  # of a block
 
 
 def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -53,7 +54,7 @@ def pointer(array: NDArray[Any] | None) -> NDArray[Any] | ctypes.c_void_p:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "form"), [(1, "1"), (1, "1_wide"), (2, "2"), (2, "2_wide"), (3, "4"), (4, "4_wide")])
-@pytest.mark.parametrize(("inputs", "outputs"), [(8, 4), (72, 7), (2056, 17)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 4), (72, 7), (2056, 9)])
 @pytest.mark.parametrize(
     "parts",
     [
@@ -66,14 +67,17 @@ def pointer(array: NDArray[Any] | None) -> NDArray[Any] | ctypes.c_void_p:
 def test_the_fused_kernel_computes_the_whole_layer(
     dtype: str, rows: int, form: str, inputs: int, outputs: int, parts: dict[str, bool]
 ) -> None:
+    if parts["gated"] and "wide" not in form:
+        pytest.skip("gate and up need a warp that owns both: linear_op.c takes the wide form")
     layer = Layer(rows, inputs, outputs, dtype, **parts)
+    owned = (4 if "wide" in form else 1) // (2 if parts["gated"] else 1)
     is_f32 = parts["residual"]  # what a residual is added to stays float32
     y = np.full((rows, outputs), 99, np.float32 if is_f32 else DTYPES[dtype])
     guard = y.copy()
     launch(
         f"millrace_gemv_{form}",
-        -(-outputs // ((16 if "wide" in form else 8) // (2 if parts["gated"] else 1))),
-        min(256, -(-inputs // 8 // 32) * 32 or 32),
+        -(-outputs // (owned * WARPS)),
+        32 * WARPS,
         layer.x,
         ctypes.c_int(layer.x.dtype == np.float32),
         layer.weight,
@@ -93,10 +97,11 @@ def test_the_fused_kernel_computes_the_whole_layer(
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_rows_are_normalized_and_rounded(dtype: str, has_norm: bool) -> None:
     random = np.random.default_rng(3)
-    x = random.standard_normal((3, 100)).astype(np.float32)
-    norm = random.standard_normal(100).astype(np.float32)
-    y = np.zeros((3, 100), DTYPES[dtype])
-    arguments = (x, norm if has_norm else NOTHING, y, ctypes.c_int(100), ctypes.c_float(EPSILON))
+    inputs = 8 * 70  # more than the block reads at once
+    x = random.standard_normal((3, inputs)).astype(np.float32)
+    norm = random.standard_normal(inputs).astype(np.float32)
+    y = np.zeros((3, inputs), DTYPES[dtype])
+    arguments = (x, norm if has_norm else NOTHING, y, ctypes.c_int(inputs), ctypes.c_float(EPSILON))
     launch("millrace_norm_rows", 3, 64, *arguments, dtype=dtype)
     expected = normed(x, norm) if has_norm else x
     np.testing.assert_allclose(y.astype(np.float64), expected, rtol=ROUNDING[dtype], atol=1e-6)

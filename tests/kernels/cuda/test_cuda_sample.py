@@ -15,6 +15,7 @@ from batcher.sampling import sample
 from tests.kernels.cuda.emulation import launch
 
 Floats = NDArray[np.float32]
+PARTS = 16  # sample.cu's
 BIG_SEED, BIG_POSITION = 2**62 + 12345, 2**33 + 7
 
 
@@ -34,12 +35,15 @@ def sampling(rows: int, **values: float) -> SamplingInput:
 
 def on_device(logits: Floats, how: SamplingInput, threads: int = 32) -> list[int]:
     token_ids = np.full(len(logits), -7, np.int64)
+    tops = np.zeros((len(logits), PARTS, 2), np.uint64)
+    rows = (np.ascontiguousarray(logits), ctypes.c_longlong(logits.shape[1]))
+    launch("millrace_top", len(logits) * PARTS, threads, *rows, tops)
     launch(
         "millrace_sample",
         len(logits),
         threads,
-        np.ascontiguousarray(logits),
-        ctypes.c_longlong(logits.shape[1]),
+        *rows,
+        tops,
         *(how.temperature, how.top_k, how.top_p, how.min_p, how.seed, how.position),
         token_ids,
     )

@@ -166,7 +166,7 @@ def measure_model(run: Run, shape: str, options: argparse.Namespace, found: dict
     model = run.results.setdefault("models", {}).setdefault(shape, {"scheme": options.scheme})
     source, vocab_size = run.scratch / shape, int(str(SHAPES[shape]["vocab_size"]))
     large = shape == "llama-3.1-8b"
-    needs_s = 150.0 if large else 40.0
+    needs_s = 90.0 if large else 40.0
     if not run.step(f"{shape}: make", model, "config", lambda: write_on_device(source, shape, {}), needs_s=needs_s):
         return
     reference = Float32Reference(source)
@@ -193,7 +193,7 @@ def measure_model(run: Run, shape: str, options: argparse.Namespace, found: dict
             prompt_tokens=options.prompt_tokens,
             new_tokens=options.new_tokens,
             count=options.peer_concurrency,
-            rounds=1 if large else 2,
+            rounds=options.peer_rounds,
         )
         run.step(f"{shape}: transformers", model, "peer", peer, needs_s=60 if large else 40)
     shutil.rmtree(source, ignore_errors=True)
@@ -210,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-concurrency", type=int, default=128, help="0 = no peer")
+    parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=900, help="steps that would not fit are left out")
     parser.add_argument("--scratch", type=Path, help="a directory with room for the models (default: a temporary one)")
     options = parser.parse_args(arguments)

@@ -19,13 +19,14 @@ from kernels.cuda.compiler import compile_kernels
 from kernels.cuda.device import Device, Kernel
 from kernels.loader import KernelsUnavailable
 
-GEMV_KERNELS: Final = tuple(f"millrace_gemv_{rows}{form}" for rows in (1, 2, 4) for form in ("", "_wide"))
+GEMV_KERNELS: Final = tuple(f"millrace_gemv_{rows}{form}" for rows in (1, 2) for form in ("", "_wide"))
 LINEAR_KERNELS: Final = (
     *GEMV_KERNELS,
     *("millrace_norm_rows", "millrace_silu_mul", "millrace_residual_bias", "millrace_add_bias"),
 )
 ONNX_TYPES: Final = {"bfloat16": 16, "float16": 10}
-GEMV_ROWS: Final = 4  # most rows that the fused kernel takes
+GEMV_ROWS: Final = 2  # most rows that the fused kernel takes: from three on cuBLAS was measured faster
+OVERLAP_FROM: Final = (9, 0)  # compute capability that has programmatic dependent launch
 BLAS_WORKSPACE_BYTES: Final = 32 << 20  # what cuBLAS recommends for Hopper; one of ours makes its choices repeatable
 
 _opening = threading.Lock()
@@ -43,6 +44,7 @@ class _Cuda(ctypes.Structure):
         ("scratch_bytes", ctypes.c_uint64),
         ("type", ctypes.c_int32),
         ("gemv_rows", ctypes.c_int32),
+        ("overlaps", ctypes.c_int32),
         ("gemv", ctypes.c_void_p * len(GEMV_KERNELS)),
         ("norm_rows", ctypes.c_void_p),
         ("silu_mul", ctypes.c_void_p),
@@ -72,7 +74,7 @@ class LinearBinding:
         self._workspace = device.allocate(BLAS_WORKSPACE_BYTES)
         self._blas = _Blas(device, self._workspace, BLAS_WORKSPACE_BYTES)
         self._fields = _Cuda(
-            launch=_address(ctypes.CDLL("libcuda.so.1").cuLaunchKernel),
+            launch=_address(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx),
             gemm=self._blas.gemm_address,
             blas=self._blas.handle,
             stream=device.stream,
@@ -80,6 +82,7 @@ class LinearBinding:
             scratch_bytes=scratch_bytes,
             type=ONNX_TYPES[dtype],
             gemv_rows=gemv_rows,
+            overlaps=device.facts.compute_capability >= OVERLAP_FROM,
             gemv=(ctypes.c_void_p * len(GEMV_KERNELS))(*(kernels[name].address for name in GEMV_KERNELS)),
             **_addresses(kernels, "norm_rows", "silu_mul", "residual_bias", "add_bias"),
         )

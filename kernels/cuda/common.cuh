@@ -22,10 +22,25 @@ struct MR_ALIGNED mr_words {
 /* Sixteen bytes that are read once: they pass the first cache by. */
 MR_DEVICE struct mr_words mr_load_once(const void *at) {
     struct mr_words v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-        : "l"(at));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(at));
     return v;
+}
+
+/* Programmatic dependent launch, from Hopper on: a kernel that is launched for it (linear_op.c) begins while the one before it
+   still runs, and may read what no kernel writes, such as weights. Before it touches anything else it waits until that one, and with
+   it all before, has ended. It lets the next one begin likewise. */
+MR_DEVICE void mr_let_next_begin(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+MR_DEVICE void mr_wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 MR_DEVICE float mr_f16_to_float(unsigned short bits) {

@@ -6,17 +6,29 @@
    over functions, the cuBLAS handle, the stream and scratch memory in `struct mr_cuda`. */
 #include "abi.h"
 
-#define MR_GEMV_WARPS 4     /* of the fused kernel's blocks */
-#define MR_GEMV_FORMS 3     /* for up to 1, 2 and 4 rows */
-#define MR_OWNED 1          /* rows of the weight that one of its warps owns */
-#define MR_OWNED_WIDE 4     /* in the form for large layers */
-#define MR_WIDE_COLUMNS 8192 /* from so many rows of the weight on there are warps enough for the wide form */
+#define MR_GEMV_FORMS 2      /* of the fused kernel: for one row and for two */
+#define MR_OWNED 4           /* rows of the weight that one of its blocks owns */
+#define MR_OWNED_WIDE 8      /* in the form for layers that make blocks enough */
+#define MR_WIDE_COLUMNS 4096 /* from so many rows of the weight on */
+#define MR_GEMV_THREADS 128  /* of a block; twice as many split a long K */
+#define MR_LONG_K 8192
 #define MR_ROW_THREADS 256  /* threads of the kernels that walk rows */
 #define MR_ALIGNMENT 8      /* elements that are read at once: K is a multiple */
 
-/* cuLaunchKernel and cublasGemmEx, by their C signatures. */
-typedef int (*mr_launch)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                         unsigned block_z, unsigned shared_bytes, void *stream, void **arguments, void **extra);
+/* What cuLaunchKernelEx takes, and cublasGemmEx, by their C declarations. */
+struct mr_launch_attribute {
+    uint32_t id;
+    uint32_t padding;
+    int32_t value[16];
+};
+struct mr_launch_config {
+    uint32_t grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    void *stream;
+    const struct mr_launch_attribute *attributes;
+    uint32_t num_attributes;
+};
+enum { CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
+typedef int (*mr_launch)(const struct mr_launch_config *config, void *function, void **arguments, void **extra);
 typedef int (*mr_gemm)(void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha, const void *a, int a_type,
                        int lda, const void *b, int b_type, int ldb, const void *beta, void *c, int c_type, int ldc,
                        int compute_type, int algorithm);
@@ -32,8 +44,9 @@ struct mr_cuda {
     void *scratch; /* device memory, used within a node */
     uint64_t scratch_bytes;
     int32_t type;      /* MR_BF16 or MR_F16: what the functions below were compiled for */
-    int32_t gemv_rows; /* most rows that take the fused kernel: 0 to 4 */
-    void *gemv[MR_GEMV_FORMS][2]; /* narrow, wide */
+    int32_t gemv_rows; /* most rows that take the fused kernel: 0 to 2 */
+    int32_t overlaps;  /* whether kernels may begin while the one before them runs (programmatic dependent launch) */
+    void *gemv[MR_GEMV_FORMS][2]; /* few outputs a block, many */
     void *norm_rows;
     void *silu_mul;
     void *residual_bias;
@@ -148,7 +161,10 @@ static OrtStatus *read_run(const struct linear_kernel *kernel, struct mr_call *c
 
 static OrtStatus *launch(const struct mr_cuda *cuda, const char *what, void *function, size_t blocks, size_t threads,
                          void **arguments) {
-    int code = cuda->launch(function, (unsigned)blocks, 1, 1, (unsigned)threads, 1, 1, 0, cuda->stream, arguments, NULL);
+    const struct mr_launch_attribute overlap = {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}};
+    const struct mr_launch_config config = {
+        (uint32_t)blocks, 1, 1, (uint32_t)threads, 1, 1, 0, cuda->stream, &overlap, cuda->overlaps ? 1 : 0};
+    int code = cuda->launch(&config, function, arguments, NULL);
     return code ? mr_fail("CUDA error %d launching %s", (int64_t)code, what) : NULL;
 }
 
@@ -159,17 +175,18 @@ static OrtStatus *launch_elements(const struct mr_cuda *cuda, const char *what, 
     return launch(cuda, what, function, mr_ceil_div(threads, MR_ROW_THREADS), MR_ROW_THREADS, arguments);
 }
 
-/* Few rows: everything in one kernel. Gate and up need a warp that owns both, so they always take the wide form. */
+/* Few rows: everything in one kernel. */
 static OrtStatus *compute_fused(const struct linear_kernel *kernel, struct linear_run *run) {
     const struct mr_cuda *cuda = kernel->cuda;
-    const int form = run->rows <= 1 ? 0 : run->rows <= 2 ? 1 : 2, wide = kernel->gated || run->columns >= MR_WIDE_COLUMNS;
-    const size_t owned = wide ? MR_OWNED_WIDE : MR_OWNED, outputs = (kernel->gated ? owned / 2 : owned) * MR_GEMV_WARPS;
+    const int form = run->rows <= 1 ? 0 : 1, wide = run->columns >= MR_WIDE_COLUMNS;
+    const size_t owned = wide ? MR_OWNED_WIDE : MR_OWNED, outputs = kernel->gated ? owned / 2 : owned;
+    const size_t threads = !wide && run->K >= MR_LONG_K ? 2 * MR_GEMV_THREADS : MR_GEMV_THREADS;
     float epsilon = kernel->norm_epsilon;
     int32_t gated = kernel->gated;
     void *arguments[] = {&run->x,   &run->x_is_f32, &run->weight, &run->bias, &run->norm, &run->residual, &run->y16,
                          &run->y32, &run->rows,     &run->N,      &run->K,    &epsilon,   &gated};
     const size_t blocks = mr_ceil_div((size_t)run->N, outputs);
-    return launch(cuda, "gemv", cuda->gemv[form][wide], blocks, 32 * MR_GEMV_WARPS, arguments);
+    return launch(cuda, "gemv", cuda->gemv[form][wide], blocks, threads, arguments);
 }
 
 /* c [rows, columns] = a [rows, K] @ weight^T + beta * c: row-major, so for cuBLAS the transpose of it all. */

@@ -97,6 +97,18 @@ def foreign_node(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("PyOp", [], ["p"], domain="ai.onnx.contrib"))
 
 
+def compiled_elsewhere(model: onnx.ModelProto) -> None:
+    """ONNX Runtime's own operator for engines: it opens the file that its attribute names."""
+    node = helper.make_node(
+        "EPContext", [], ["p"], domain="com.microsoft", ep_cache_context="../engine.bin", embed_mode=0
+    )
+    model.graph.node.append(node)
+
+
+def of_onnx_runtime(op_type: str) -> Edit:
+    return lambda model: model.graph.node.append(helper.make_node(op_type, [], ["p"], domain="com.microsoft"))
+
+
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "parent directory": (initializer(external("../weights.bin")), "'../weights.bin', which is not a file"),
     "detour": (initializer(external("a/../weights.bin")), "not a file of this artifact"),
@@ -121,6 +133,12 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "operator domain 'ai.onnx.contrib'",
     ),
     "foreign operator": (foreign_node, "operator domain 'ai.onnx.contrib'"),
+    "an operator of ONNX Runtime that reads files": (compiled_elsewhere, "uses com.microsoft:EPContext"),
+    "an operator of ONNX Runtime that we never write": (of_onnx_runtime("FusedMatMul"), "com.microsoft:FusedMatMul"),
+    "the same in a subgraph": (
+        subgraph(helper.make_node("EPContext", [], ["p"], domain="com.microsoft")),
+        "uses com.microsoft:EPContext",
+    ),
     "foreign opset": (lambda model: model.opset_import.append(helper.make_opsetid("evil", 1)), "'evil'"),
     "function": (function, "functions or training parts"),
     "training part": (training, "functions or training parts"),
@@ -137,6 +155,11 @@ def test_a_hostile_graph_is_refused_before_anything_opens_it(tmp_path: Path, wha
 
 def test_external_data_in_a_listed_file_passes(tmp_path: Path) -> None:
     check(tmp_path, model_of(initializer(external(offset="48"))))
+
+
+@pytest.mark.parametrize("op_type", ["PagedAttention", "MatMulNBits", "QuickGelu"])
+def test_the_operators_of_onnx_runtime_that_we_write_pass(tmp_path: Path, op_type: str) -> None:
+    check(tmp_path, model_of(of_onnx_runtime(op_type)))
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:

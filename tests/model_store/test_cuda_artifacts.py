@@ -119,7 +119,7 @@ def test_sequences_of_several_blocks_are_read_in_order(tmp_path: Path, name: str
         assert session.manifest.kv_cache.block_size == 256
         vocab_size = session.manifest.geometry.vocab_size
         random = np.random.default_rng(5)
-        sequences = [random.integers(0, vocab_size, length, dtype=np.int64) for length in (300, 256, 513 - 256, 40)]
+        sequences = [random.integers(0, vocab_size, length, dtype=np.int64) for length in (300, 256, 257, 40)]
         logits = session.batch(sequences, chunk=100)
         for a, b in zip(session.batch(sequences), logits, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -23,8 +23,6 @@ RUN_GEMV(1)
 RUN_GEMV(1_wide)
 RUN_GEMV(2)
 RUN_GEMV(2_wide)
-RUN_GEMV(4)
-RUN_GEMV(4_wide)
 
 static void run_norm_rows(void) {
     millrace_norm_rows(ARG(const float *, 0), ARG(const float *, 1), ARG(unsigned short *, 2), ARG(int, 3), ARG(float, 4));
@@ -55,7 +53,6 @@ static const struct {
     {"millrace_advance", run_advance},
     {"millrace_gemv_1", run_gemv_1},       {"millrace_gemv_1_wide", run_gemv_1_wide},
     {"millrace_gemv_2", run_gemv_2},       {"millrace_gemv_2_wide", run_gemv_2_wide},
-    {"millrace_gemv_4", run_gemv_4},       {"millrace_gemv_4_wide", run_gemv_4_wide},
     {"millrace_norm_rows", run_norm_rows},
     {"millrace_silu_mul", run_silu_mul},   {"millrace_residual_bias", run_residual_bias},
     {"millrace_add_bias", run_add_bias},   {"millrace_top", run_top},

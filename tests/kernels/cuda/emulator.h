@@ -28,20 +28,21 @@ struct MR_ALIGNED mr_words {
 
 static inline void __syncthreads(void) { pthread_barrier_wait(&block_barrier); }
 
-static inline unsigned long long exchange(unsigned long long bits, int offset) {
+/* What lane `from` of this warp brings. */
+static inline unsigned long long exchange(unsigned long long bits, unsigned from) {
     pthread_barrier_t *barrier = &warp_barriers[threadIdx.x / 32];
     lanes[threadIdx.x] = bits;
     pthread_barrier_wait(barrier);
-    unsigned long long other = lanes[threadIdx.x ^ (unsigned)offset];
+    unsigned long long other = lanes[threadIdx.x / 32 * 32 + from];
     pthread_barrier_wait(barrier);
     return other;
 }
 
 #define SHUFFLE(NAME, TYPE)                                   \
-    static inline TYPE NAME(TYPE value, int offset) {         \
+    static inline TYPE NAME(TYPE value, unsigned from) {      \
         unsigned long long bits = 0;                          \
         memcpy(&bits, &value, sizeof value);                  \
-        bits = exchange(bits, offset);                        \
+        bits = exchange(bits, from);                          \
         memcpy(&value, &bits, sizeof value);                  \
         return value;                                         \
     }
@@ -49,8 +50,12 @@ SHUFFLE(shuffle_float, float)
 SHUFFLE(shuffle_double, double)
 SHUFFLE(shuffle_unsigned, unsigned)
 SHUFFLE(shuffle_u64, unsigned long long)
-#define __shfl_xor_sync(mask, value, offset) \
-    _Generic((value), float: shuffle_float, double: shuffle_double, unsigned: shuffle_unsigned, default: shuffle_u64)(value, offset)
+#define __shfl_sync(mask, value, from) \
+    _Generic((value), float: shuffle_float, double: shuffle_double, unsigned: shuffle_unsigned, default: shuffle_u64)(value, from)
+#define __shfl_xor_sync(mask, value, offset) __shfl_sync(mask, value, threadIdx.x % 32 ^ (unsigned)(offset))
+
+static inline void mr_let_next_begin(void) {}
+static inline void mr_wait_for_previous(void) {}
 
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;

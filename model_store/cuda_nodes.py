@@ -31,6 +31,9 @@ from wire.errors import BadRequest
 
 ALIGNMENT: Final = 8  # elements of 16 bits that move as one: widths and halves of heads are multiples of it
 LARGEST_CODE: Final = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# Text to come reaches further than the text that was measured, and what is beyond the range is cut off. Codes of int8
+# grow coarser with the range; those of a float hardly do.
+HEADROOM: Final = {"int8": 1.25, "float8_e4m3fn": 2.0}
 
 
 def block_size(head_dim: int) -> int:
@@ -194,7 +197,8 @@ class CudaNodes:
         found = []
         for name in (f"layers.{layer}.k", f"layers.{layer}.v"):
             peaks = self._calibration.channel_peaks(name).reshape(spec.num_kv_heads, 1, spec.head_dim)
-            scale = np.maximum(peaks, np.finfo(np.float32).tiny * 1e6) / np.float32(LARGEST_CODE[self._kv_dtype])
+            scale = peaks * np.float32(HEADROOM[self._kv_dtype] / LARGEST_CODE[self._kv_dtype])
+            scale = np.maximum(scale, np.float32(1e-30))  # a channel that was always zero
             found.append(weights.vector(f"{name}_scale", scale.astype(np.float32)))
         return found[0], found[1]
 

@@ -78,6 +78,7 @@ def import_model(
     if stored := _stored(store, f"{name}@{revision}", bound):
         return store.make_live(stored.model_id)
     with open_checkpoint(source_dir) as checkpoint, store.workspace() as directory:
+        _check_calibration(used, checkpoint.spec.vocab_size, checkpoint.spec.max_model_len)
         built = build_artifact(
             checkpoint,
             directory,
@@ -96,6 +97,21 @@ def import_model(
         progress("comparing", 1, 1)
         write_manifest(directory, msgspec.structs.replace(built, parity=parity))
         return store.put(directory)
+
+
+def _check_calibration(sequences: Sequence[TokenIds], vocab_size: int, max_model_len: int) -> None:
+    """Raises BadRequest for a sequence that the model cannot read."""
+    for sequence in sequences:
+        if not 1 <= len(sequence) <= max_model_len:
+            raise BadRequest(
+                f"a calibration sequence has {len(sequence):,} tokens; the model reads 1 to {max_model_len:,}",
+                param="calibration",
+            )
+        if sequence.min() < 0 or sequence.max() >= vocab_size:
+            found = f"{sequence.min()} to {sequence.max()}"
+            raise BadRequest(
+                f"calibration has token ids {found}; the model knows 0 to {vocab_size - 1}", param="calibration"
+            )
 
 
 def _stored(store: Store, model_id: str, bound: float) -> ModelManifest | None:

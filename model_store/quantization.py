@@ -83,21 +83,37 @@ def quantize_groups(rows: Floats, bits: int, group: int) -> tuple[NDArray[np.uin
     """Symmetric codes per group of `group` inputs: rows ~ (codes - 2^(bits-1)) * scale.
 
     codes uint8 [N, G, group] with G = ceil(K / group), the padding being zero weights; scales float32 [N, G]. The grid
-    is -2^(bits-1) .. 2^(bits-1) - 1: the largest magnitude of a group falls on the side that has one step more.
+    is -2^(bits-1) .. 2^(bits-1) - 1: the largest magnitude of a group falls on the side that has one step more. As in
+    quantize_rows, the clipping ratio with the least squared error wins.
     """
     count, inputs = rows.shape
     groups = -(-inputs // group)
     padded = np.zeros((count, groups * group), np.float32)
     padded[:, :inputs] = rows
-    blocks = padded.reshape(count, groups, group)
+    blocks = padded.reshape(count * groups, group)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
+    codes, scales, errors = _round_groups(blocks, extreme, bits)
+    for ratio in CLIP_RATIOS:
+        tried, tried_scales, tried_errors = _round_groups(blocks, extreme * np.float32(ratio), bits)
+        won = tried_errors < errors
+        codes[won], scales[won], errors[won] = tried[won], tried_scales[won], tried_errors[won]
+    return codes.reshape(count, groups, group), scales.reshape(count, groups)
+
+
+def _round_groups(blocks: Floats, extreme: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats, Floats]:
+    """Codes, scales and squared errors of each group with its `extreme` on the last step of the grid."""
     low = -(1 << (bits - 1))
-    at = np.abs(blocks).argmax(axis=2)[..., None]
-    extreme = np.take_along_axis(blocks, at, axis=2)[..., 0]
-    scales = (extreme / low).astype(np.float32)
+    scales = (extreme / np.float32(low)).astype(np.float32)
     is_used = np.abs(scales) > np.finfo(np.float32).tiny
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=is_used)
-    codes = np.clip(np.rint(blocks * inverse[..., None]), low, -low - 1) - low
-    return codes.astype(np.uint8), np.where(is_used, scales, np.float32(0))
+    scales = np.where(is_used, scales, np.float32(0))
+    grid = blocks * inverse[:, None]
+    np.rint(grid, out=grid)
+    np.clip(grid, low, -low - 1, out=grid)
+    codes = (grid - low).astype(np.uint8)
+    grid *= scales[:, None]
+    grid -= blocks
+    return codes, scales, np.einsum("nk,nk->n", grid, grid)
 
 
 def float_packing(dtype: str) -> Packing:

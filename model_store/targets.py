@@ -54,12 +54,13 @@ TARGETS: Final[Mapping[str, Mapping[str, Choice]]] = {
         _cpu(Scheme("fp32", BLOCKED_FP32, BLOCKED_FP32, "float32", kv_dtype="float32", parity_bound=1e-4)),
     ),
     "cuda": _choices(
-        _cuda_float("bf16", "bfloat16", 1e-2),
-        _cuda_float("fp16", "float16", 5e-3),
+        # Rounding in 16 bits costs wide models less than 1e-2 a row (tests, docs/performance.md); a narrow one more.
+        _cuda_float("bf16", "bfloat16", 0.04),
+        _cuda_float("fp16", "float16", 0.01),
         _cuda_float("bf16-kv-int8", "bfloat16", 0.1, kv_dtype="int8"),
         _cuda_float("bf16-kv-fp8", "bfloat16", 0.15, kv_dtype="float8_e4m3fn"),
-        _cuda_nbits("w8a16", 8, 128, 0.05),
-        _cuda_nbits("w4a16", 4, 64, 0.4),
+        _cuda_nbits("w8a16", 8, 64, 0.1),
+        _cuda_nbits("w4a16", 4, 64, 0.5),
     ),
 }
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batcher.backend import Backend, BackendLimits, ModelInput, SamplingInput
 from services.backends.scripted import ScriptedBackend
+from tests.services.cuda_emulation import emulated_backend
 from tests.shipped import shipped_backend
 from wire.messages import Generate, SamplingParams
 
@@ -36,6 +37,7 @@ def scripted_limits(
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "scripted": lambda: ScriptedBackend(scripted_limits()),
     "onnxruntime": shipped_backend,
+    "cuda": lambda: emulated_backend(batch_tokens=600)[0],
 }
 
 

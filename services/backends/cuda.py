@@ -16,13 +16,14 @@ import ctypes
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batcher.backend import BackendError, BackendErrorKind, BackendLimits, ModelInput, SamplingInput, StepOutput
 from model_store.manifest import ModelManifest
+from services.backends.cuda_parts import CudaParts, StepRun, StepSession
 from services.backends.cuda_session import Located
 from services.backends.look_ahead import Patience
 from services.backends.step_image import (
@@ -49,42 +50,6 @@ _GRAPH_INPUTS: Final = ("input_ids", "cu_seqlens", "past_lens", "block_table", "
 _SAMPLING_FIELDS: Final = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 # Errors after which the device may be used again; any other leaves the context, or the device, lost.
 _MEMORY_WORDS: Final = ("out of memory", "failed to allocate", "cublas error 3", "cuda error 2 ")
-
-
-class Launchable(Protocol):
-    """A kernel on the device."""
-
-    def launch(self, blocks: int, threads: int, *arguments: Any) -> None: ...
-
-
-class StepDevice(Protocol):
-    """What the backend needs of a device (kernels/cuda/device.py); tests bring one made of numpy."""
-
-    def attach(self) -> None: ...
-    def allocate(self, num_bytes: int) -> int: ...
-    def release(self, address: int) -> None: ...
-    def pinned(self, num_bytes: int) -> Bytes: ...
-    def copy_in(self, target: int, source: Bytes) -> None: ...
-    def copy_out(self, target: Bytes, source: int) -> None: ...
-    def new_event(self) -> object: ...
-    def record(self, event: object) -> None: ...
-    def wait(self, event: object) -> None: ...
-    def synchronize(self) -> None: ...
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
-
-
-class StepRun(Protocol):
-    """A graph with its tensors in place (cuda_session.BoundRun)."""
-
-    def bind(self, inputs: Mapping[str, Located], outputs: Mapping[str, Located]) -> None: ...
-    def bind_host(self, name: str, values: NDArray[np.int32]) -> None: ...
-    def run(self) -> None: ...
-
-
-class StepSession(Protocol):
-    """An open graph (cuda_session.CudaSession)."""
-
-    def new_run(self) -> StepRun: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +84,6 @@ class _Ahead:
     bucket: Bucket
     expected: Bytes  # the image that makes it the right one
     answer: _Answer
-
-
-@dataclass(frozen=True, slots=True)
-class CudaParts:
-    """What a backend is made of; services/backends/cuda_open.py puts the real ones together."""
-
-    device: StepDevice
-    session: StepSession
-    top: Launchable
-    sample: Launchable
-    advance: Launchable
-    close: Callable[[], None]  # of everything else, once the backend has let go of the session
 
 
 def round_up_to_power(value: int, most: int) -> int:
@@ -181,6 +134,11 @@ class CudaBackend:
     def limits(self) -> BackendLimits:
         return self._limits
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the device computes a step that nobody has asked for yet."""
+        return self._ahead is not None
+
     def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
         """One step; see Backend.forward. Running out of device memory is CAPACITY, a lost device FATAL."""
         try:
@@ -205,7 +163,9 @@ class CudaBackend:
                 decode = self._decodes.get(bucket) or self._open_bucket(bucket)
                 image = self._image[: decode.layout.num_bytes]
                 image[:] = 0
-                pad(decode.layout.views(image), 0)
+                views = decode.layout.views(image)
+                pad(views, 0)
+                views["past_lens"][:] = self._least_context(bucket)
                 self._device.copy_in(self._inputs, image)
                 self._launch_decode(decode, bucket)
                 self._device.synchronize()
@@ -286,11 +246,14 @@ class CudaBackend:
         decode = _Decode(layout(extents), self._new_run())
         decode.run.bind(self._located(decode.layout), self._outputs(bucket.rows))
         # Bounds for every step of the bucket: one query token; the most and the least that its longest sequence holds.
-        size = self._limits.block_size
-        least = bucket.blocks // 2 * size + 1 if bucket.blocks > 1 else 0
-        decode.run.bind_host("attention_metadata", np.array([1, bucket.blocks * size, least], np.int32))
+        most, least = bucket.blocks * self._limits.block_size, self._least_context(bucket)
+        decode.run.bind_host("attention_metadata", np.array([1, most, least + 1 if least else 0], np.int32))
         self._decodes[bucket] = decode
         return decode
+
+    def _least_context(self, bucket: Bucket) -> int:
+        """Tokens that the longest sequence of a step in this bucket has in the cache at least."""
+        return bucket.blocks // 2 * self._limits.block_size if bucket.blocks > 1 else 0
 
     def _launch_decode(self, decode: _Decode, bucket: Bucket) -> None:
         if decode.replay is not None:

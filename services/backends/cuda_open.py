@@ -18,7 +18,8 @@ from kernels.cuda.compiler import CudaCompileError, compile_kernels
 from kernels.cuda.device import CudaError, Device, Kernel
 from kernels.loader import KernelsUnavailable
 from model_store.manifest import GRAPH_FILE, ModelManifest
-from services.backends.cuda import CudaBackend, CudaParts
+from services.backends.cuda import CudaBackend
+from services.backends.cuda_parts import CudaParts
 from services.backends.cuda_session import CudaSession, CudaUnavailable
 from services.backends.sizing import StepLimits, backend_limits, bytes_per_block
 

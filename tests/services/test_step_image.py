@@ -118,7 +118,7 @@ def test_the_largest_step_covers_every_other() -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 0, 7])
 def test_a_row_without_a_token_reads_token_zero(token_id: int) -> None:
-    """A row whose logits were not finite samples -1; the batcher ends it, and until then nothing reads out of bounds."""
+    """A row without a finite logit samples -1; the batcher ends it, and until then nothing reads out of bounds."""
     plan = layout(Extents(1, 1, 2, 1))
     views = plan.views(np.zeros(plan.num_bytes, np.uint8))
     fill_decode(views, *decode_step(1))

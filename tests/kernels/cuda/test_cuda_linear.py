@@ -20,12 +20,14 @@ WARPS = 2  # of a block
 
 
 def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x / (1 + np.exp(-x))
+    y: NDArray[np.float64] = x / (1 + np.exp(-x))
+    return y
 
 
 def normed(x: NDArray[Any], norm: NDArray[np.float32]) -> NDArray[np.float64]:
     wide = x.astype(np.float64)
-    return wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + EPSILON) * norm
+    y: NDArray[np.float64] = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + EPSILON) * norm
+    return y
 
 
 class Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ BIG_SEED, BIG_POSITION = 2**62 + 12345, 2**33 + 7
 
 
 def sampling(rows: int, **values: float) -> SamplingInput:
-    def column(name: str, default: float, dtype: type[np.generic]) -> NDArray[np.generic]:
+    def column(name: str, default: float, dtype: type[np.generic]) -> NDArray[Any]:
         return np.full(rows, values.get(name, default), dtype)
 
     return SamplingInput(
@@ -52,7 +53,7 @@ def on_device(logits: Floats, how: SamplingInput, threads: int = 32) -> list[int
 
 def random_logits(rows: int, vocab_size: int, seed: int, *, ties: bool = False) -> Floats:
     logits = np.random.default_rng(seed).standard_normal((rows, vocab_size)).astype(np.float32) * 3
-    return np.round(logits * 2) / 2 if ties else logits
+    return np.rint(logits * 2).astype(np.float32) / np.float32(2) if ties else logits
 
 
 CASES: list[dict[str, float]] = [

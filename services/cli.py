@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from batcher.backend import BackendError
 from kernels.loader import KernelsUnavailable
 from services.settings import SettingsError, add_flags, package_version, read_settings
 from wire.errors import BadRequest, MillraceError
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.command(arguments)
         return code
-    except (SettingsError, MillraceError, KernelsUnavailable) as error:
+    except (SettingsError, MillraceError, KernelsUnavailable, BackendError) as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError | BadRequest) else 1
     except KeyboardInterrupt:

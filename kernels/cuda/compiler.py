@@ -17,15 +17,15 @@ class CudaCompileError(Exception):
     """NVRTC refused the text, or is not installed; the message carries what it said."""
 
 
-def compile_kernels(source: str, architecture: str, dtype: str) -> bytes:
-    """The cubin of `source` (a file here: "sample.cu") for `architecture` ("sm_90") with T = `dtype`.
+def compile_kernels(source: str, architecture: str, dtype: str, directory: Path = SOURCES) -> bytes:
+    """The cubin of `source` (a file of `directory`: "sample.cu") for `architecture` ("sm_90") with T = `dtype`.
 
     Raises CudaCompileError.
     """
     if dtype not in DTYPES:
         raise ValueError(f"kernels are compiled for {' or '.join(DTYPES)}, not {dtype}: this is a bug")
-    text = (SOURCES / source).read_bytes()
-    headers = sorted(SOURCES.glob("*.cuh"))
+    text = (directory / source).read_bytes()
+    headers = sorted(directory.glob("*.cuh"))
     options = [f"--gpu-architecture={architecture}", f"-DMR_BF16={int(dtype == 'bfloat16')}", "--std=c++17"]
     return _compile(source, text, headers, options)
 

@@ -21,6 +21,10 @@ OUT_OF_MEMORY: Final = 2  # CUDA_ERROR_OUT_OF_MEMORY
 CAPTURE_ERRORS: Final = range(900, 908)  # CUDA_ERROR_STREAM_CAPTURE_*: the capture failed, the device is well
 
 
+class CudaUnavailable(Exception):
+    """This machine has no CUDA driver, or this environment lacks a CUDA package; the message says which."""
+
+
 class CudaError(Exception):
     """A call of the CUDA driver that failed."""
 
@@ -74,12 +78,13 @@ class Kernel:
 
 
 class Device:
-    """GPU `ordinal` of this process, in the primary context that ONNX Runtime uses too. Raises CudaError."""
+    """GPU `ordinal` of this process, in the primary context that ONNX Runtime uses too.
+
+    Raises CudaUnavailable where there is no driver, CudaError for what the driver refuses.
+    """
 
     def __init__(self, ordinal: int = 0) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
+        driver = self._driver = _load_driver()
         self._thread: int | None = None
         self._pinned: list[int] = []
         _check("cuInit", driver.cuInit(0))
@@ -204,6 +209,19 @@ class Device:
         )
         _, total = _check_two("cuMemGetInfo", driver.cuMemGetInfo())
         return DeviceFacts(name.split(b"\0")[0].decode(), (major, minor), driver_version(), total)
+
+
+def _load_driver() -> Any:
+    """The driver's interface, known to be there."""
+    try:
+        from cuda.bindings import driver
+
+        driver.cuDriverGetVersion()
+    except ImportError as error:
+        raise CudaUnavailable(f"cuda-bindings is missing: pip install 'millrace[cuda]' ({error})") from error
+    except RuntimeError as error:  # the binding found no libcuda
+        raise CudaUnavailable("no NVIDIA driver on this machine (libcuda.so.1 is not found)") from error
+    return driver
 
 
 def driver_version() -> str:

@@ -32,8 +32,7 @@ MR_DEVICE void load_x(const struct gemv *g, int t, int k, float *out) {
     else mr_unpack(*(const struct mr_words *)((const unsigned short *)g->x + (long long)t * g->K + k), out);
 }
 
-/* One output: the sum, scaled by the norm, with bias, activation and residual. `up` counts with silu_mul only. The residual may
-   lie where y does. */
+/* One output: the sum, scaled by the norm, with bias, activation and residual. `up` counts with silu_mul only. */
 MR_DEVICE void store(const struct gemv *g, int t, int row, float y, float up, float inverse) {
     y *= inverse;
     if (g->bias) y += g->bias[row];

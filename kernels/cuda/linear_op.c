@@ -235,8 +235,7 @@ static OrtStatus *compute_gated(const struct mr_cuda *cuda, struct linear_run *r
 
 static OrtStatus *compute_f32(const struct mr_cuda *cuda, struct linear_run *run, const void *a) {
     const int adds = run->residual || run->bias;
-    const int is_in_place = run->residual == run->y32 && !run->bias; /* the sum begins where the residual lies already */
-    if (adds && !is_in_place) {
+    if (adds) {
         void *arguments[] = {&run->residual, &run->bias, &run->y32, &run->rows, &run->N};
         MR_TRY(launch_elements(cuda, "residual_bias", cuda->residual_bias, run, 1, arguments));
     }
@@ -266,16 +265,6 @@ static OrtStatus *compute_linear(const void *memory, struct mr_call *call) {
 
 /* ---- the operators ---- */
 
-/* The sum may take the residual's memory, if nobody reads that any more: no copy before a product is added to it. */
-static size_t may_inplace(int **inputs, int **outputs) {
-    static int input[] = {RESIDUAL}, output[] = {Y32};
-    *inputs = input;
-    *outputs = output;
-    return 1;
-}
-
-static void release_may_inplace(int *inputs, int *outputs) { (void)inputs, (void)outputs; }
-
 #define PROVIDER "CUDAExecutionProvider"
 #define PORTS(name, type)                                                                                                     \
     static const struct mr_port name##_inputs[] = {                                                                           \
@@ -296,9 +285,5 @@ MR_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiB
 
 OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     MR_TRY(mr_bind_api(base));
-    for (size_t i = 0; i < MR_COUNT(operators); ++i) {
-        operators[i]->may_inplace = may_inplace;
-        operators[i]->release_may_inplace = release_may_inplace;
-    }
     return mr_register(options, operators, MR_COUNT(operators));
 }

@@ -293,8 +293,6 @@ static OrtStatus *make_domain(struct mr_op *const *ops, size_t count, void **dom
     MR_TRY(ort.CreateCustomOpDomain("millrace", domain));
     for (size_t i = 0; i < count; ++i) {
         ops[i]->base = mr_custom_op_base;
-        ops[i]->base.GetMayInplace = ops[i]->may_inplace;
-        ops[i]->base.ReleaseMayInplace = ops[i]->release_may_inplace;
         MR_TRY(ort.CustomOpDomain_Add(*domain, &ops[i]->base));
     }
     return NULL;

@@ -104,9 +104,6 @@ struct mr_op {
     size_t kernel_bytes;
     OrtStatus *(*create)(const struct mr_node *node, void *kernel);
     OrtStatus *(*compute)(const void *kernel, struct mr_call *call);
-    /* Outputs that may take an input's memory, as the runtime asks for them; NULL = none. */
-    size_t (*may_inplace)(int **inputs, int **outputs);
-    void (*release_may_inplace)(int *inputs, int *outputs);
 };
 
 #define MR_COUNT(array) (sizeof(array) / sizeof((array)[0]))

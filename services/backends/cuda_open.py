@@ -15,12 +15,12 @@ import numpy as np
 from batcher.backend import BackendError, BackendErrorKind, ModelInput, SamplingInput
 from kernels.cuda.binding import LinearBinding
 from kernels.cuda.compiler import CudaCompileError, compile_kernels
-from kernels.cuda.device import CudaError, Device, Kernel
+from kernels.cuda.device import CudaError, CudaUnavailable, Device, Kernel
 from kernels.loader import KernelsUnavailable
 from model_store.manifest import GRAPH_FILE, ModelManifest
 from services.backends.cuda import CudaBackend
 from services.backends.cuda_parts import CudaParts
-from services.backends.cuda_session import CudaSession, CudaUnavailable
+from services.backends.cuda_session import CudaSession
 from services.backends.sizing import StepLimits, backend_limits, bytes_per_block
 
 MAX_SEQUENCES: Final = 256  # the operator's scan of sequence lengths takes no more in some of its forms

@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from kernels.cuda.device import CudaUnavailable
+
 ELEMENT_TYPES: Final = {  # ONNX's numbers, because numpy has no names for some
     "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17,
 }  # fmt: skip
@@ -29,10 +31,6 @@ class Located:
     address: int
     dtype: str  # numpy name
     shape: tuple[int, ...]
-
-
-class CudaUnavailable(Exception):
-    """This ONNX Runtime has no CUDA provider, or its libraries are missing; the message says which."""
 
 
 class BoundRun:

@@ -60,9 +60,7 @@ def test_rows_past_the_last_are_not_touched(rows: int, blocks: int) -> None:
 @settings(max_examples=25)
 @given(
     st.lists(
-        st.tuples(
-            st.integers(-1, 2**21), st.integers(0, 2**20), st.integers(-1, 2**30), st.integers(0, 2**62)
-        ),
+        st.tuples(st.integers(-1, 2**21), st.integers(0, 2**20), st.integers(-1, 2**30), st.integers(0, 2**62)),
         min_size=1,
         max_size=40,
     )

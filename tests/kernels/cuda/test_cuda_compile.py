@@ -1,58 +1,36 @@
-"""Every kernel compiles for GPUs that are not here, fits them, and is named as those who launch it say."""
+"""Every kernel compiles for the GPUs we name, by the compiler of a serving machine, which needs no GPU."""
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 from kernels.cuda.binding import LINEAR_KERNELS
 from kernels.cuda.compiler import DTYPES, SOURCES, CudaCompileError, compile_kernels
-from tests.kernels.cuda.cubin import Cost, costs
 
-ARCHITECTURES = ("sm_80", "sm_90")
-FILES = sorted(path.name for path in SOURCES.glob("*.cu"))
-REGISTERS_OF_A_BLOCK = 65536  # what a multiprocessor has
-STATIC_SHARED_BYTES = 48 << 10  # what a block may have without asking
-THREADS = {"millrace_sample": 512}  # the most that a launch gives a block; 256 where nothing is said
-LAUNCHED = {
-    "linear.cu": set(LINEAR_KERNELS),
-    "sample.cu": {"millrace_top", "millrace_sample"},
-    "advance.cu": {"millrace_advance"},
+FUNCTIONS = {
+    "linear.cu": LINEAR_KERNELS,
+    "sample.cu": ("millrace_top", "millrace_sample"),
+    "advance.cu": ("millrace_advance",),
 }
 
 
-@lru_cache(maxsize=None)
-def compiled(file: str, architecture: str, dtype: str) -> dict[str, Cost]:
-    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the cuda extra: cuda-bindings")
-    try:
-        nvrtc.nvrtcVersion()
-    except RuntimeError as missing:
-        pytest.skip(f"needs nvidia-cuda-nvrtc: {missing}")
-    return costs(compile_kernels(file, architecture, dtype))
+def test_no_source_is_left_out() -> None:
+    assert set(FUNCTIONS) == {path.name for path in SOURCES.glob("*.cu")}
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("file", FILES)
-def test_every_kernel_compiles_and_fits_the_gpu(file: str, architecture: str, dtype: str) -> None:
-    kernels = compiled(file, architecture, dtype)
-    written = re.findall(r"MR_KERNEL void (millrace_\w+)\(|^MR_GEMV\((\w+),", (SOURCES / file).read_text(), re.M)
-    assert kernels.keys() == {function or gemv for function, gemv in written} == LAUNCHED[file]
-    for name, cost in kernels.items():
-        assert cost.stack_bytes == 0, f"{name} spills registers to memory"
-        assert 0 < cost.registers * THREADS.get(name, 256) <= REGISTERS_OF_A_BLOCK, name
-        assert cost.shared_bytes <= STATIC_SHARED_BYTES, name
+@pytest.mark.parametrize("source", FUNCTIONS)
+def test_every_kernel_compiles_and_is_found_under_its_name(source: str, dtype: str, architecture: str) -> None:
+    cubin = compile_kernels(source, architecture, dtype)
+    assert cubin.startswith(b"\x7fELF")
+    for name in FUNCTIONS[source]:
+        assert b"\0" + name.encode() + b"\0" in cubin or f".text.{name}".encode() in cubin
 
 
-def test_shared_memory_is_counted() -> None:
-    """The sums of a block of millrace_norm_rows: a float a warp (and 1 KiB of the system's on sm_90)."""
-    assert compiled("linear.cu", "sm_80", "bfloat16")["millrace_norm_rows"].shared_bytes == 32
-    assert compiled("linear.cu", "sm_90", "bfloat16")["millrace_norm_rows"].shared_bytes == 32 + 1024
-
-
-def test_a_text_that_is_wrong_says_what_the_compiler_said() -> None:
-    compiled("advance.cu", "sm_90", "bfloat16")  # skips where there is no compiler
-    with pytest.raises(CudaCompileError, match=r"advance\.cu does not compile .*sm_13"):
-        compile_kernels("advance.cu", "sm_13", "bfloat16")
+def test_what_does_not_compile_is_refused_with_the_compilers_words(tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void broken(')
+    with pytest.raises(CudaCompileError, match=r"broken\.cu does not compile .*sm_90.*error"):
+        compile_kernels("broken.cu", "sm_90", "bfloat16", tmp_path)

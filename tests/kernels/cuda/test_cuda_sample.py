@@ -70,19 +70,18 @@ CASES: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [1, 3, 33, 1000])
+@pytest.mark.parametrize(("vocab_size", "ties"), [(1, False), (33, True), (700, False)])
 @pytest.mark.parametrize("how", CASES, ids=str)
-@pytest.mark.parametrize("ties", [False, True])
 def test_the_device_draws_the_reference_token(vocab_size: int, how: dict[str, float], ties: bool) -> None:
-    logits = random_logits(3, vocab_size, vocab_size, ties=ties)
-    parameters = sampling(3, **how)
+    logits = random_logits(2, vocab_size, vocab_size, ties=ties)
+    parameters = sampling(2, **how)
     assert on_device(logits, parameters) == sample(logits, parameters).tolist()
 
 
-@pytest.mark.parametrize("threads", [32, 64, 128])
+@pytest.mark.parametrize("threads", [64, 128])
 def test_the_number_of_threads_changes_nothing(threads: int) -> None:
-    logits = random_logits(2, 1500, 8, ties=True)
-    parameters = sampling(2, temperature=0.9, top_k=100, top_p=0.7)
+    logits = random_logits(1, 400, 8, ties=True)
+    parameters = sampling(1, temperature=0.9, top_k=100, top_p=0.7)
     assert on_device(logits, parameters, threads) == sample(logits, parameters).tolist()
 
 
@@ -107,13 +106,13 @@ def test_rows_that_are_not_finite_follow_the_rules() -> None:
 
 def test_what_a_filter_leaves_is_drawn_as_often_as_it_is_likely() -> None:
     """Not against the reference: against the probabilities themselves, so that both cannot be wrong alike."""
-    logits = np.tile(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), (600, 1))
-    drawn = np.bincount(on_device(logits, sampling(600, temperature=1.0, top_p=0.9)), minlength=4) / 600
-    np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.07)
+    logits = np.tile(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), (120, 1))
+    drawn = np.bincount(on_device(logits, sampling(120, temperature=1.0, top_p=0.9)), minlength=4) / 120
+    np.testing.assert_allclose(drawn, np.array([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.14)
     assert drawn[3] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_row_draws_the_reference_token(data: st.DataObject) -> None:
     values = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1.0])

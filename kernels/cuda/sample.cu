@@ -26,8 +26,8 @@ struct row {
     const float *logits;
     int vocab_size;
     double temperature;
-    float inverse; /* 1 / temperature, for estimates */
-    float top;     /* the largest logit */
+    double inverse; /* 1 / temperature, for estimates; of a small temperature no float32 */
+    float top;      /* the largest logit */
 };
 
 /* NaN counts as -inf, +inf as the largest float, -0 as 0. */
@@ -71,7 +71,9 @@ MR_DEVICE u64 block_sum(u64 value, u64 *shared) {
 /* ---- weights and cuts ---- */
 
 /* z - z0, estimated. */
-MR_DEVICE float below_top(const struct row *r, float logit) { return (float)(((double)logit - (double)r->top)) * r->inverse; }
+MR_DEVICE float below_top(const struct row *r, float logit) {
+    return (float)(((double)logit - (double)r->top) * r->inverse);
+}
 
 MR_DEVICE u64 weight(const struct row *r, float logit) { return (u64)(expf(below_top(r, logit)) * WEIGHT_UNIT + 0.5f); }
 
@@ -317,7 +319,7 @@ MR_KERNEL void millrace_sample(const float *logits, long long vocab_size, const 
     unsigned token = ~(unsigned)top;
     if (has_finite && temperature[at] > 0.0f) {
         r.temperature = (double)temperature[at];
-        r.inverse = 1.0f / temperature[at];
+        r.inverse = 1.0 / r.temperature;
         r.top = value_of((unsigned)(top >> 32));
         struct draw d;
         d.seed_low = (unsigned)(u64)seed[at];

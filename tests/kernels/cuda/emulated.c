@@ -60,31 +60,49 @@ static const struct {
 };
 
 static void (*running)(void);
-static unsigned num_blocks, num_threads;
+static unsigned num_blocks;
+static struct barrier end_of_block;
+static jmp_buf end_of_launch;
 
-static void *run_thread(void *number) {
-    threadIdx.x = (unsigned)(unsigned long long)number;
-    blockDim.x = num_threads;
-    for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) {
+/* What a CUDA thread does: its part of every block, one block after the other. The last to end goes back to the launch. */
+static void run_thread(void) {
+    for (unsigned block = 0; block < num_blocks; ++block) {
+        blockIdx.x = block;
         running();
-        __syncthreads(); /* the next block uses the same shared memory */
+        wait_at(&end_of_block, blockDim.x); /* the next block uses the same shared memory */
     }
-    return NULL;
+    turns[threadIdx.x].has_ended = 1;
+    for (unsigned i = 1; i < blockDim.x; ++i) {
+        unsigned next = (threadIdx.x + i * stride) % blockDim.x;
+        if (!turns[next].has_ended) resume(next);
+    }
+    _longjmp(end_of_launch, 1);
 }
 
-/* 0, or 1 for a kernel there is not. */
-__attribute__((visibility("default"))) int emulated_launch(const char *name, unsigned blocks, unsigned threads, void **values) {
-    static pthread_t made[EMULATED_MOST_THREADS];
+static void run_threads(void) {
+    static _Alignas(16) char stacks[EMULATED_MOST_THREADS][64 << 10];
+    for (unsigned i = 0; i < blockDim.x; ++i) {
+        struct turn *turn = &turns[i];
+        turn->has_begun = turn->has_ended = 0;
+        getcontext(&turn->fresh);
+        turn->fresh.uc_stack.ss_sp = stacks[i];
+        turn->fresh.uc_stack.ss_size = sizeof stacks[i];
+        makecontext(&turn->fresh, run_thread, 0);
+    }
+    if (!_setjmp(end_of_launch)) resume(stride == 1 ? 0 : blockDim.x - 1);
+}
+
+/* 0, or 1 for a kernel there is not. `descends`: which thread goes first where the order is free; a kernel must not care. */
+__attribute__((visibility("default"))) int emulated_launch(const char *name, unsigned blocks, unsigned threads, void **values,
+                                                           int descends) {
     running = NULL;
     for (unsigned i = 0; i < sizeof kernels / sizeof *kernels; ++i)
         if (!strcmp(kernels[i].name, name)) running = kernels[i].run;
-    if (!running || threads > EMULATED_MOST_THREADS || threads % 32) return 1;
+    if (!running || !threads || threads > EMULATED_MOST_THREADS || threads % 32) return 1;
     arguments = values;
     num_blocks = blocks;
-    num_threads = threads;
-    pthread_barrier_init(&block_barrier, NULL, threads);
-    for (unsigned w = 0; w < threads / 32; ++w) pthread_barrier_init(&warp_barriers[w], NULL, 32);
-    for (unsigned i = 0; i < threads; ++i) pthread_create(&made[i], NULL, run_thread, (void *)(unsigned long long)i);
-    for (unsigned i = 0; i < threads; ++i) pthread_join(made[i], NULL);
+    blockDim.x = threads;
+    stride = descends ? threads - 1 : 1;
+    run_threads();
     return 0;
 }

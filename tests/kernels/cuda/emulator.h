@@ -1,11 +1,13 @@
-/* What CUDA has built in, for one block at a time on the CPU: a thread of the system for each CUDA thread. Warps shuffle through an
-   array between two barriers of their own; shared memory is static, because only one block runs. */
+/* What CUDA has built in, for one block at a time on the CPU. Each CUDA thread has a stack of its own, and they take turns in one
+   thread of the system: whoever waits at a barrier lets the next one run (a system's thread and its barriers cost ten times more).
+   Warps shuffle through an array between two barriers of their own; shared memory is static, because only one block runs. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
 #include <math.h>
-#include <pthread.h>
+#include <setjmp.h>
 #include <string.h>
+#include <ucontext.h>
 
 #define MR_KERNEL static
 #define MR_DEVICE static inline
@@ -18,23 +20,61 @@
 struct index {
     unsigned x;
 };
-static _Thread_local struct index threadIdx, blockIdx, blockDim;
-static pthread_barrier_t block_barrier, warp_barriers[EMULATED_MOST_THREADS / 32];
+static struct index threadIdx, blockIdx, blockDim;
 static unsigned long long lanes[EMULATED_MOST_THREADS];
+
+/* The turn goes round, up or down. A thread resumes where it waited, or in its fresh stack. */
+struct turn {
+    jmp_buf place;
+    ucontext_t fresh;
+    int has_begun, has_ended;
+};
+static struct turn turns[EMULATED_MOST_THREADS];
+static unsigned stride; /* to the next thread: 1, or one less than there are */
+
+static void resume(unsigned thread) {
+    struct turn *turn = &turns[thread];
+    threadIdx.x = thread;
+    if (turn->has_begun) _longjmp(turn->place, 1);
+    turn->has_begun = 1;
+    setcontext(&turn->fresh);
+}
+
+static void pass_turn(void) {
+    unsigned next = threadIdx.x;
+    do next = (next + stride) % blockDim.x;
+    while (turns[next].has_ended);
+    if (next != threadIdx.x && !_setjmp(turns[threadIdx.x].place)) resume(next);
+}
+
+/* Opens when all that share it have come. */
+struct barrier {
+    unsigned arrived, opened;
+};
+static struct barrier block_barrier, warp_barriers[EMULATED_MOST_THREADS / 32];
+
+static inline void wait_at(struct barrier *barrier, unsigned threads) {
+    unsigned opened = barrier->opened;
+    if (++barrier->arrived == threads) {
+        barrier->arrived = 0;
+        barrier->opened++;
+    }
+    while (barrier->opened == opened) pass_turn();
+}
 
 struct MR_ALIGNED mr_words {
     unsigned w[4];
 };
 
-static inline void __syncthreads(void) { pthread_barrier_wait(&block_barrier); }
+static inline void __syncthreads(void) { wait_at(&block_barrier, blockDim.x); }
 
 /* What lane `from` of this warp brings. */
 static inline unsigned long long exchange(unsigned long long bits, unsigned from) {
-    pthread_barrier_t *barrier = &warp_barriers[threadIdx.x / 32];
+    struct barrier *barrier = &warp_barriers[threadIdx.x / 32];
     lanes[threadIdx.x] = bits;
-    pthread_barrier_wait(barrier);
+    wait_at(barrier, 32);
     unsigned long long other = lanes[threadIdx.x / 32 * 32 + from];
-    pthread_barrier_wait(barrier);
+    wait_at(barrier, 32);
     return other;
 }
 

@@ -6,16 +6,22 @@ BIN := $(VENV)/bin
 EXTRAS_SERVE := cpu,kernels,import
 EXTRAS_TEST := $(EXTRAS_SERVE),test
 
-.PHONY: serve test check parity clean
+.PHONY: serve test check parity clean redis-server
 
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null
 	@# One thread for numpy's matrix products (the shipped model's import): two would fight with ours on a busy machine.
 	@OPENBLAS_NUM_THREADS=1 MILLRACE_PORT=$(PORT) exec $(BIN)/millrace up
 
-test: $(VENV)/.test
+test: $(VENV)/.test redis-server
 	@$(BIN)/python -m kernels.build >/dev/null
 	$(BIN)/python -m pytest -q -m "not torch" $(PYTEST_ARGS)
+
+# The queue's tests run against a real server. Without it and without the right to install it they are skipped, with a word.
+redis-server:
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; } || \
+	  echo "redis-server is not installed: tests that need it are skipped (Debian: apt install redis-server)"
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

@@ -7,12 +7,18 @@ moves.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from redis.asyncio import Redis
+
 from services.queues.memory import MemoryQueue
+from services.queues.protocol_core import QueueLimits
+from services.queues.redis import RedisQueue
+from tests.redis_server import redis_socket
 from wire.messages import Event, Failed, Finished, FinishReason, Generate, Tokens, Usage
 from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
 
@@ -74,7 +80,43 @@ async def memory_rig(options: QueueOptions) -> AsyncIterator[QueueRig]:
     await rig.queue.close()
 
 
-FACTORIES: dict[str, QueueFactory] = {"memory": memory_rig}
+class RedisRig:
+    """A queue on a real Redis, in a partition of its own whose clock is a key that the test sets."""
+
+    def __init__(self, queue: RedisQueue, client: Redis, partition: str) -> None:
+        self._queue = queue
+        self._client = client
+        self._clock = f"mr:{{{partition}}}:clock"
+        self._now_ms = 1_700_000_000_000
+
+    @property
+    def queue(self) -> Queue:
+        return self._queue
+
+    async def advance(self, ms: int) -> None:
+        self._now_ms += ms
+        await self._client.set(self._clock, self._now_ms)
+        await self._queue.sweep()
+
+
+@asynccontextmanager
+async def redis_rig(options: QueueOptions) -> AsyncIterator[QueueRig]:
+    limits = QueueLimits(
+        lease_ms=options.lease_ms,
+        max_deliveries=options.max_deliveries,
+        max_queued_tokens=options.max_queued_tokens,
+        log_ttl_ms=options.log_ttl_ms,
+        max_overtakes=options.max_overtakes,
+    )
+    partition = secrets.token_hex(4)
+    async with Redis(unix_socket_path=redis_socket()) as client:
+        await client.set(f"mr:{{{partition}}}:clock", 1_700_000_000_000)
+        queue = await RedisQueue.open(client, limits, partition=partition)
+        yield RedisRig(queue, client, partition)
+        await queue.close()
+
+
+FACTORIES: dict[str, QueueFactory] = {"memory": memory_rig, "redis": redis_rig}
 
 
 def generate(

@@ -1,0 +1,349 @@
+"""wire.queue.Queue over Redis or Valkey: what many gateways and workers share.
+
+State changes are Redis Functions (millrace.lua), one call each; this file carries arguments there and news back. News
+come over one Pub/Sub channel of this object's own: tokens and terminals of the requests it submitted or follows, one
+message for all that one call has changed. The log in Redis is the truth: a reader that finds a gap, or lost the
+connection, reads it.
+
+Redis away: calls raise Unavailable, readers wait, and everything goes on when it is back. A call whose reply was lost
+is sent again, because functions recognise what is done; only `lease` is not, and what it handed out lapses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Final
+
+from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
+from services.queues.protocol_core import QueueLimits
+from services.queues.redis_library import Client, load_library
+from services.queues.redis_reader import Follower, Reader
+from wire.errors import BadRequest, Conflict, QueueFull, RequestTooLarge, Unavailable, UnknownRequest
+from wire.messages import Event, Failed, Finished, Generate, Tokens, decode_event, decode_generate, encode, fingerprint
+from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal, RefusalReason
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_S: Final = 0.2
+LONGEST_TIMER_S: Final = 3600.0
+_LOST: Final = (RedisConnectionError, RedisTimeoutError, OSError)
+
+
+class RedisQueue:
+    """Use `await RedisQueue.open(...)`. One event loop owns it."""
+
+    def __init__(self, client: Client, limits: QueueLimits, partition: str) -> None:
+        self._client = client
+        self._limits = limits
+        self._prefix = f"mr:{{{partition}}}:"
+        self._channel = f"{self._prefix}ev:{secrets.token_hex(8)}"
+        self._arguments = [
+            limits.lease_ms,
+            limits.max_deliveries,
+            limits.max_queued_tokens,
+            limits.log_ttl_ms,
+            limits.max_overtakes,
+        ]
+        self._library = ""
+        self._pubsub: PubSub | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._followers: dict[str, set[Follower]] = {}
+        self._idle: dict[asyncio.Future[None], frozenset[str]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms = -1
+        self._sweeps: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    @classmethod
+    async def open(cls, client: Client, limits: QueueLimits, *, partition: str = "0") -> RedisQueue:
+        """Load the functions and begin to listen. Raises Unavailable if Redis cannot be reached."""
+        queue = cls(client, limits, partition)
+        try:
+            queue._library = await load_library(client)
+            queue._pubsub = await queue._subscribe()
+        except _LOST as error:
+            raise Unavailable(f"Redis cannot be reached: {error}") from error
+        queue._listener = asyncio.create_task(queue._listen(), name="queue-news")
+        return queue
+
+    # ---- the gateways' side ----
+
+    async def submit(self, request: Generate) -> None:
+        try:
+            body = encode(request)
+            request = decode_generate(body)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadRequest(f"the request cannot travel: {error}") from error
+        tokens, cap = request.max_total_tokens, self._limits.max_queued_tokens
+        if tokens > cap:
+            raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; the queue holds {cap:,}")
+        deadline = "" if request.deadline_ms is None else request.deadline_ms
+        outcome, *numbers = await self._call(
+            "submit",
+            *(request.request_id, fingerprint(request), body, request.model, tokens, len(request.prompt_ids)),
+            *(-request.priority, deadline, self._channel),
+        )
+        if outcome == b"conflict":
+            raise Conflict(f"request id {request.request_id!r} is taken by a request with another body")
+        if outcome == b"full":
+            outstanding, pressed, ended = int(numbers[0]), float(numbers[1]), float(numbers[2])
+            taken = f"{outstanding:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
+            wait_s = _seconds_for(outstanding + tokens - cap, pressed, ended)
+            raise QueueFull(f"the queue is full: {taken}", retry_after_s=wait_s)
+
+    async def cancel(self, request_id: str) -> None:
+        (outcome,) = await self._call("cancel", request_id)
+        if outcome == b"unknown":
+            raise unknown(request_id)
+
+    def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
+        return Reader(self, request_id, start)
+
+    async def depth(self, model: str | None = None) -> Depth:
+        return Depth(*(int(number) for number in await self._call("depth", model or "")))
+
+    # ---- the workers' side ----
+
+    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + wait_s
+        while True:
+            offered = self._await_offer(frozenset(budget.models))  # before the call: what comes meanwhile is not missed
+            try:
+                (found,) = await self._call(
+                    "lease",
+                    *(budget.max_requests, budget.max_tokens, budget.capacity_tokens, *budget.models),
+                    is_repeatable=False,
+                )
+                leases = [_lease(*each) for each in found]
+                if leases or loop.time() >= give_up_s:
+                    return leases
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(give_up_s):
+                        await offered
+            finally:
+                self._idle.pop(offered, None)
+                offered.cancel()
+            if self._is_closed:
+                return []
+
+    async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
+        if not appends:
+            return []
+        arguments: list[object] = []
+        for append in appends:
+            arguments += _append_arguments(append)
+        first, *rest = await self._call("publish", *arguments)
+        if first == b"bug":
+            raise ValueError(f"request {rest[0].decode()!r}: {rest[1].decode()}; this is a bug")
+        return _refusals(first)
+
+    async def renew(self, leases: Sequence[tuple[str, int]]) -> list[Refusal]:
+        if not leases:
+            return []
+        (found,) = await self._call("renew", *(part for lease in leases for part in lease))
+        return _refusals(found)
+
+    async def release(self, leases: Sequence[tuple[str, int]]) -> None:
+        if leases:
+            await self._call("release", *(part for lease in leases for part in lease))
+
+    async def sweep(self) -> None:
+        """Apply what is due by Redis' clock: deadlines, lapsed leases, logs past their time."""
+        await self._call("sweep")
+
+    async def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, *self._sweeps, return_exceptions=True)
+        for waiting in [*self._idle, *(each.woken for some in self._followers.values() for each in some)]:
+            _wake(waiting)
+        if self._pubsub is not None:
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    # ---- for readers ----
+
+    def check_open(self) -> None:
+        """Raise Unavailable after close()."""
+        if self._is_closed:
+            raise Unavailable("the queue is closed")
+
+    async def follow(self, request_id: str, start: int) -> tuple[list[int], Event | None]:
+        """The log from `start` on and the terminal, if it is there; news of the request come from now on."""
+        outcome, *found = await self._call("follow", request_id, start, self._channel)
+        if outcome == b"unknown":
+            raise unknown(request_id)
+        log, terminal = found
+        return token_ids(log), decode_event(terminal) if terminal else None
+
+    def attach(self, follower: Follower) -> None:
+        self._followers.setdefault(follower.request_id, set()).add(follower)
+
+    def detach(self, follower: Follower) -> None:
+        some = self._followers.get(follower.request_id)
+        if some is not None:
+            some.discard(follower)
+            if not some:
+                del self._followers[follower.request_id]
+
+    # ---- calls ----
+
+    async def _call(self, function: str, *arguments: object, is_repeatable: bool = True) -> list[Any]:
+        self.check_open()
+        name = f"{self._library}_{function}"
+        for is_last in (False, True):
+            try:
+                answer: Any = self._client.fcall(name, 1, self._prefix, *self._arguments, *arguments)
+                reply = await answer
+                break
+            except ResponseError as error:
+                if is_last or "Function not found" not in str(error):
+                    raise
+                await load_library(self._client)  # a Redis that has lost its functions, or a replica made master
+            except _LOST as error:
+                if is_last or not is_repeatable:
+                    raise Unavailable(f"Redis cannot be reached: {error}") from error
+        self._set_timer(int(reply[0]), int(reply[1]))
+        rest: list[Any] = reply[2:]
+        return rest
+
+    def _set_timer(self, due_ms: int, now_ms: int) -> None:
+        """Sweep when the next thing is due. All who are connected do; it is one cheap call that finds nothing twice."""
+        if due_ms < 0 or self._is_closed or (self._timer is not None and self._timer_ms <= due_ms):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = min(max(0.0, (due_ms - now_ms) / 1000 + 0.001), LONGEST_TIMER_S)
+        self._timer_ms = due_ms
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        task = asyncio.create_task(self._sweep_quietly())
+        self._sweeps.add(task)
+        task.add_done_callback(self._sweeps.discard)
+
+    async def _sweep_quietly(self) -> None:
+        with contextlib.suppress(Unavailable):
+            await self.sweep()
+
+    # ---- news ----
+
+    async def _subscribe(self) -> PubSub:
+        pubsub: PubSub = self._client.pubsub()
+        await pubsub.subscribe(self._channel, self._prefix + "work")
+        return pubsub
+
+    async def _listen(self) -> None:
+        """Hand out news until closed; after a lost connection, let every reader look at its log again."""
+        while True:
+            try:
+                if self._pubsub is None:
+                    self._pubsub = await self._subscribe()
+                    self._wake_all()
+                message = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
+                if message is not None:
+                    self._hear(message["channel"], message["data"])
+            except (RedisError, OSError) as error:
+                logger.warning("queue news are interrupted", extra={"reason": str(error)})
+                self._pubsub = None
+                await asyncio.sleep(RECONNECT_S)
+
+    def _hear(self, channel: bytes, data: bytes) -> None:
+        if channel.endswith(b":work"):
+            model = data.decode()
+            for waiting, models in self._idle.items():
+                if model in models:
+                    _wake(waiting)
+            return
+        for request_id, first_index, log, terminal in unframed(data):
+            for follower in self._followers.get(request_id, ()):
+                follower.hear(first_index, token_ids(log), decode_event(terminal) if terminal else None)
+
+    def _wake_all(self) -> None:
+        for some in self._followers.values():
+            for follower in some:
+                follower.look_again()
+        for waiting in self._idle:
+            _wake(waiting)
+
+    def _await_offer(self, models: frozenset[str]) -> asyncio.Future[None]:
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle[woken] = models
+        return woken
+
+
+def unknown(request_id: str) -> UnknownRequest:
+    return UnknownRequest(f"no request {request_id!r}: never accepted, or its log has expired")
+
+
+def unframed(data: bytes) -> Iterator[tuple[str, int, bytes, bytes]]:
+    """(request id, first index, token bytes, terminal or empty) of each request in a message of millrace.lua."""
+    at = 0
+
+    def part() -> bytes:
+        nonlocal at
+        size = int.from_bytes(data[at : at + 4], "little")
+        at += 4 + size
+        return data[at - size : at]
+
+    while at < len(data):
+        request_id = part().decode()
+        first_index = int.from_bytes(data[at : at + 4], "little")
+        at += 4
+        yield request_id, first_index, part(), part()
+
+
+def token_ids(log: bytes) -> list[int]:
+    """int32, little endian -> numbers."""
+    return array("i", log).tolist()
+
+
+def _append_arguments(append: Append) -> list[object]:
+    """Six arguments of the publish function. Raises ValueError for an event that cannot travel."""
+    try:
+        encoded = encode(append.event)
+        event = decode_event(encoded)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{append.event!r:.200} cannot travel: {error}; this is a bug") from error
+    if isinstance(event, Tokens):
+        payload = array("i", event.token_ids).tobytes()
+        return [event.request_id, append.epoch, "t", event.first_index, payload, 0]
+    completed = event.usage.completion_tokens if isinstance(event, Finished) else 0
+    return [event.request_id, append.epoch, "x" if isinstance(event, Failed) else "f", 0, encoded, completed]
+
+
+def _lease(body: bytes, epoch: int, log: bytes, delivery: int) -> Lease:
+    return Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery)
+
+
+def _refusals(found: Sequence[Sequence[Any]]) -> list[Refusal]:
+    return [Refusal(each[0].decode(), RefusalReason(each[1].decode()), int(each[2])) for each in found]
+
+
+def _seconds_for(tokens: int, pressed_ms: float, ended_tokens: float) -> float:
+    """As DrainRate.seconds_for, from the three numbers that Redis keeps."""
+    if ended_tokens <= 0.0:
+        return LONGEST_WAIT_S
+    return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, tokens * pressed_ms / ended_tokens / 1000.0))
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)

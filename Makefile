@@ -30,7 +30,7 @@ check: $(VENV)/.check
 
 parity: $(VENV)/.parity
 	@$(BIN)/python -m kernels.build >/dev/null
-	$(BIN)/python -m pytest -q -m torch tests/parity
+	$(BIN)/python -m pytest -q -m torch tests/parity tests/bench
 
 # One stamp for each set of packages, so that a second run starts at once and a changed pyproject.toml installs again.
 $(BIN)/python:

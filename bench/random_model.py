@@ -26,6 +26,12 @@ from model_store.spec import DecoderSpec
 
 Values = dict[str, object]
 
+LLAMA3_ROPE: Values = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES: Mapping[str, Values] = {
     "smollm2-135m": {
         "architectures": ["LlamaForCausalLM"],
@@ -69,6 +75,7 @@ SHAPES: Mapping[str, Values] = {
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
+        "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0},
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
@@ -84,6 +91,7 @@ SHAPES: Mapping[str, Values] = {
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
+        "rope_scaling": {**LLAMA3_ROPE, "factor": 8.0},
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },

@@ -1,14 +1,13 @@
 """Ranges of a model's activations and of its keys and values, measured while it reads text.
 
-Numbers are only gathered here; what a range becomes (a scale, a clipped grid) is the business of the node writer that
-needs it. The float32 reference runs the text, so ranges are the checkpoint's own and not those of a quantized model.
-Memory is bounded whatever is read: a histogram and the channels' peaks for each activation.
+Numbers are only gathered here, and turned into the one threshold that int8 activations need; what else a range becomes
+(a scale of keys, of an fp8 tensor) is the business of the node writer that needs it. The float32 reference runs the
+text, so ranges are the checkpoint's own and not those of a quantized model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -21,129 +20,108 @@ Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
 TokenIds = NDArray[np.int64]
 
-NUM_BINS: Final = 2048
-NUM_LEVELS: Final = 128  # magnitudes that int8 tells apart
-VALUES_AT_ONCE: Final = 1 << 20
-# A level that holds only what was clipped into it has no probability of its own; a divergence needs some.
-LEAST_PROBABILITY: Final = 1e-9
+BINS: Final = 2048
+LEVELS: Final = 128  # magnitudes that int8 tells apart
+VALUES_AT_ONCE: Final = 1 << 20  # counted in portions: the widest activations of a long text have a hundred million
 
 
-@dataclass(slots=True)
 class Histogram:
-    """Counts of magnitudes in NUM_BINS bins of equal width from 0 to 2^exponent.
+    """Counts of magnitudes in BINS equal bins from 0 to `top`, which doubles as larger values come.
 
-    The range is the least power of two that holds everything seen. When it grows, bins are merged whole, so the counts
-    are exact and depend neither on the order nor on the portions in which values came.
+    `top` is a power of two, so that two neighbouring bins become one exactly and counts never move; what is counted
+    does not depend on the order in which values came.
     """
 
-    counts: Counts = field(default_factory=lambda: np.zeros(NUM_BINS, np.int64))
-    exponent: int | None = None  # None: nothing but zeros was seen
-    num_zeros: int = 0  # seen before the first other value
-    peak: float = 0.0
+    def __init__(self) -> None:
+        self.counts: Counts = np.zeros(BINS, np.int64)
+        self.top = 0.0  # 0 = nothing but zeros so far
+        self._num_zeros = 0
 
-    @property
-    def bin_width(self) -> float:
-        return 0.0 if self.exponent is None else float(np.ldexp(1.0 / NUM_BINS, self.exponent))
-
-    def add(self, magnitudes: Floats) -> None:
-        """Count `magnitudes` [n], finite and not negative."""
-        peak = float(magnitudes.max(initial=0.0))
-        self.peak = max(self.peak, peak)
-        if peak > 0:
-            self._reach(int(np.frexp(peak)[1]))
-        if self.exponent is None:
-            self.num_zeros += magnitudes.size
+    def add(self, values: Floats) -> None:
+        """Count |values|, zeros apart: they are exact at every scale and would drown the rest."""
+        magnitudes = np.abs(values[values != 0]).astype(np.float64).ravel()
+        self._num_zeros += values.size - magnitudes.size
+        if not magnitudes.size:
             return
-        bins = (magnitudes * np.float64(1 / self.bin_width)).astype(np.int64)
-        self.counts += np.bincount(bins, minlength=NUM_BINS)
+        self._widen(float(2.0 ** np.floor(np.log2(magnitudes.max()) + 1)))  # above the largest
+        where = np.minimum((magnitudes * (BINS / self.top)).astype(np.int64), BINS - 1)
+        self.counts += np.bincount(where, minlength=BINS)
 
-    def _reach(self, exponent: int) -> None:
-        """Widen the range to 2^exponent."""
-        if self.exponent is None:
-            self.exponent = exponent
-            self.counts[0] += self.num_zeros
-        elif exponent > self.exponent:
-            merged = 1 << min(exponent - self.exponent, NUM_BINS.bit_length() - 1)
-            kept = self.counts.reshape(-1, merged).sum(axis=1)
-            self.counts = np.concatenate([kept, np.zeros(NUM_BINS - len(kept), np.int64)])
-            self.exponent = exponent
+    def _widen(self, top: float) -> None:
+        if not self.top:
+            self.top = top
+        while self.top < top:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
+            self.top *= 2
 
 
-def entropy_threshold(histogram: Histogram) -> float:
-    """Where to clip before quantizing to NUM_LEVELS levels: the threshold that loses the least information.
+def kl_threshold(histogram: Histogram) -> float:
+    """The magnitude at which clipping to int8 loses the least: entropy calibration.
 
-    Of all ranges of at least NUM_LEVELS bins, the one with the least Kullback-Leibler divergence between the
-    distribution clipped to it (what lies beyond counts as its last bin) and the same after quantization. This is
-    entropy calibration as published: Szymon Migacz, "8-bit Inference with TensorRT", GTC 2017, slides 34 to 38.
-    0 where nothing but zeros was seen.
+    For every number of bins i from 128 up: P is the distribution with everything beyond bin i put into it, Q the same
+    bins merged into 128 levels and spread again over what was not empty; the i with the least divergence KL(P || Q)
+    wins, its upper edge is the threshold. 0 for an activation that was always zero. Migacz, "8-bit Inference with
+    TensorRT", GTC 2017, slides 35 to 38.
     """
-    if histogram.exponent is None:
+    used = int(np.flatnonzero(histogram.counts).max(initial=-1)) + 1
+    if not used:
         return 0.0
-    used = int(np.flatnonzero(histogram.counts)[-1]) + 1
-    counts = histogram.counts[:used].astype(np.float64)
-    beyond = counts.sum() - np.cumsum(counts)  # of each bin: what lies above it
     best, best_divergence = used, np.inf
-    for size in range(NUM_LEVELS, used + 1):
-        divergence = _divergence(counts[:size], float(beyond[size - 1]))
-        if divergence <= best_divergence:  # of equal ones the widest
-            best, best_divergence = size, divergence
-    return min(best * histogram.bin_width, histogram.peak)
+    for bins in range(min(LEVELS, used), used + 1):
+        divergence = _divergence(histogram.counts, bins)
+        if divergence <= best_divergence:  # of equals the wider: it clips less
+            best, best_divergence = bins, divergence
+    return best * histogram.top / BINS
 
 
-def _divergence(inside: NDArray[np.float64], beyond: float) -> float:
-    """KL(P || Q): P is `inside` with `beyond` added to its last bin, Q is `inside` in NUM_LEVELS levels.
-
-    A level's count is spread evenly over those of its bins that are not empty.
-    """
-    size = len(inside)
-    clipped = inside.copy()
-    clipped[-1] += beyond
-    level = np.arange(size) * NUM_LEVELS // size
-    is_used = clipped > 0
-    sums = np.bincount(level, weights=inside, minlength=NUM_LEVELS)
-    widths = np.bincount(level, weights=is_used, minlength=NUM_LEVELS)
-    spread = (sums / np.maximum(widths, 1))[level[is_used]]
-    if not (total := spread.sum()):
-        return float("inf")  # everything lies beyond
-    p = clipped[is_used] / clipped.sum()
-    q = np.maximum(spread / total, LEAST_PROBABILITY)
-    return float((p * np.log(p / q)).sum())
+def _divergence(counts: Counts, bins: int) -> float:
+    """KL(P || Q) of the first `bins` bins, clipped and quantized to LEVELS."""
+    inside = counts[:bins].astype(np.float64)
+    p = inside.copy()
+    p[-1] += counts[bins:].sum()
+    edges = np.linspace(0, bins, LEVELS + 1).astype(np.int64) if bins > LEVELS else np.arange(bins + 1)
+    starts = edges[:-1]
+    is_there = inside > 0
+    sums = np.add.reduceat(inside, starts)
+    filled = np.add.reduceat(is_there.astype(np.float64), starts)
+    level = np.repeat(np.arange(len(starts)), np.diff(edges))
+    q = np.where(is_there, (sums / np.maximum(filled, 1))[level], 0.0)
+    if not q.sum():
+        return np.inf
+    p, q = p / p.sum(), q / q.sum()
+    # A bin that only clipped values fill has P and no Q: as bad as it is likely, and not infinitely bad.
+    q = np.where((p > 0) & (q == 0), 1e-10, q)
+    here = p > 0
+    return float((p[here] * np.log(p[here] / q[here])).sum())
 
 
 class Calibration:
-    """What was seen of each named activation; names as in reference.py's `Observer`."""
+    """What was seen of each named activation; names as in reference.py's Observer."""
 
     def __init__(self) -> None:
         self._channel_peaks: dict[str, Floats] = {}
         self._histograms: dict[str, Histogram] = {}
-        self._thresholds: dict[str, float] = {}
 
     def observe(self, name: str, values: Floats) -> None:
-        """Take in values [T, C] of activation `name`. Raises ValueError if they are not all finite."""
+        """Take in values [T, C] of activation `name`."""
         peaks = np.abs(values).max(axis=0, initial=0.0)
-        if not np.isfinite(peaks).all():
-            raise ValueError(f"{name} has values that are not finite")
         known = self._channel_peaks.get(name)
         self._channel_peaks[name] = peaks if known is None else np.maximum(known, peaks)
-        histogram = self._histograms.setdefault(name, Histogram())
-        flat = values.reshape(-1)
+        histogram, flat = self._histograms.setdefault(name, Histogram()), values.reshape(-1)
         for start in range(0, flat.size, VALUES_AT_ONCE):
-            histogram.add(np.abs(flat[start : start + VALUES_AT_ONCE]))
-        self._thresholds.pop(name, None)
+            histogram.add(flat[start : start + VALUES_AT_ONCE])
 
     def channel_peaks(self, name: str) -> Floats:
         """The largest magnitude seen in each channel: [C]. Raises KeyError for what was never seen."""
         return self._channel_peaks[name]
 
     def peak(self, name: str) -> float:
-        """The largest magnitude seen. Raises KeyError for what was never seen."""
+        """The largest magnitude seen."""
         return float(self._channel_peaks[name].max(initial=0.0))
 
     def threshold(self, name: str) -> float:
-        """Where to clip the whole tensor for int8 (entropy_threshold). Raises KeyError for what was never seen."""
-        if name not in self._thresholds:
-            self._thresholds[name] = entropy_threshold(self._histograms[name])
-        return self._thresholds[name]
+        """Where int8 should clip: see kl_threshold."""
+        return kl_threshold(self._histograms[name])
 
 
 def calibrate(checkpoint: Checkpoint, sequences: Sequence[TokenIds]) -> Calibration:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import ml_dtypes  # noqa: F401 (teaches numpy the names bfloat16 and float8_e4m3fn)
+import ml_dtypes  # noqa: F401 (teaches numpy the names bfloat16, float8_e4m3fn and int4)
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ ELEMENT_TYPES: Final[dict[str, int]] = {
     "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
     "uint8": onnx.TensorProto.UINT8,
     "int8": onnx.TensorProto.INT8,
+    "int4": onnx.TensorProto.INT4,
     "int32": onnx.TensorProto.INT32,
     "int64": onnx.TensorProto.INT64,
 }
@@ -69,6 +70,11 @@ class Graph:
         self._names: set[str] = set()
         self._domains = {STANDARD}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+        self._joint = ":"
+
+    def join_names_with(self, joint: str) -> None:
+        """What stands between an address and "out" in the names of values to come (some runtimes parse names)."""
+        self._joint = joint
 
     def input(self, name: str, dtype: str, *shape: Dim) -> Value:
         """A graph input."""
@@ -80,10 +86,20 @@ class Graph:
         """Make `value` a graph output under its own name."""
         self._graph.output.append(_value_info(value))
 
+    def declare(self, value: Value) -> None:
+        """State the type of a value inside the graph, for runtimes that must know it before they divide the graph."""
+        self._graph.value_info.append(_value_info(value))
+
     def weight(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[NDArray[np.generic]]) -> Value:
-        """An initializer whose bytes arrive in `pieces` and go straight to the weight file."""
+        """An initializer whose bytes arrive in `pieces` and go straight to the weight file.
+
+        Pieces of int4 hold an even number of elements each; in the file two share a byte.
+        """
         value = self._value(name, dtype, shape)
         num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if dtype == "int4":
+            num_bytes //= 2
+            pieces = map(_pack_pairs, pieces)
         span = self._weights.append(num_bytes, pieces)
         tensor = self._graph.initializer.add(name=name, data_type=ELEMENT_TYPES[dtype], dims=shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -93,7 +109,7 @@ class Graph:
 
     def constant(self, name: str, array: NDArray[np.generic]) -> Value:
         """An initializer, or the one that was written before with the same dtype, shape and bytes."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make a vector of a scalar
         key = (array.dtype.name, array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
         if key not in self._constants:
             self._constants[key] = self.weight(name, array.dtype.name, array.shape, [array])
@@ -115,7 +131,7 @@ class Graph:
 
         An input of None is left out, as ONNX spells it; so are the outputs before `slot`.
         """
-        output = self._value(output_name or f"{address}:out", dtype, shape)
+        output = self._value(output_name or f"{address}{self._joint}out", dtype, shape)
         self._write(op_type, address, domain, inputs, [*[""] * slot, output.name], attributes)
         return output
 
@@ -124,7 +140,8 @@ class Graph:
         rows, width = x.shape
         if not isinstance(width, int) or width % 2:
             raise GraphError(f"{address} halves {x.name}, which is {list(x.shape)}")
-        left, right = (self._value(f"{address}:{side}", x.dtype, (rows, width // 2)) for side in ("left", "right"))
+        sides = (f"{address}{self._joint}{side}" for side in ("left", "right"))
+        left, right = (self._value(side, x.dtype, (rows, width // 2)) for side in sides)
         names = [left.name, right.name]
         self._write("Split", address, STANDARD, [x], names, {"axis": 1, "num_outputs": 2})
         return left, right
@@ -165,6 +182,13 @@ class Graph:
             raise GraphError(f"{name} has shape {list(shape)}")
         self._names.add(name)
         return Value(name, dtype, shape)
+
+
+def _pack_pairs(codes: NDArray[np.generic]) -> NDArray[np.generic]:
+    """int4, one a byte -> two a byte, the first in the lower half (onnx.proto, TensorProto.raw_data)."""
+    pairs = codes.reshape(-1, 2).astype(np.int8).view(np.uint8) & np.uint8(15)
+    packed: NDArray[np.generic] = pairs[:, 0] | (pairs[:, 1] << np.uint8(4))
+    return packed
 
 
 def _value_info(value: Value) -> onnx.ValueInfoProto:

@@ -30,6 +30,8 @@ class Packing:
     parts: tuple[str, ...]  # what the packed tensors are called
     pack: Callable[[Floats], Packed]  # rows [n * 64, K] of n whole blocks -> their packed tensors
     is_row_major: bool = False  # one row of every part for each row of the matrix, no padding
+    # What becomes of the parts of a whole matrix; None: they are written as they come, and memory holds a few blocks.
+    finish: Callable[[Packed], Packed] | None = None
 
 
 @dataclass(frozen=True, slots=True)

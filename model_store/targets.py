@@ -14,7 +14,9 @@ from model_store.calibration import Calibration
 from model_store.cpu_nodes import CpuNodes
 from model_store.cuda_nodes import CudaNBitsNodes, CudaNodes
 from model_store.nodes import NodeWriter
-from model_store.quantization import BLOCKED_FP32, BLOCKED_W8A8, Scheme, float_packing, nbits_packing
+from model_store.quantization import BLOCKED_FP32, BLOCKED_W8A8, Packing, Scheme, float_packing, nbits_packing
+from model_store.tensorrt_nodes import TensorRtFp8Nodes, TensorRtInt4Nodes, TensorRtInt8Nodes
+from model_store.tensorrt_packing import fp8_packing, int4_packing, int8_packing
 from wire.errors import BadRequest
 
 WriterFactory = Callable[[Scheme, Calibration | None], NodeWriter]
@@ -48,6 +50,12 @@ def _cuda_nbits(name: str, bits: int, group: int, bound: float) -> Choice:
     return Choice(scheme, partial(CudaNBitsNodes, bits=bits, group=group))
 
 
+def _tensorrt(name: str, packing: Packing, bound: float, nodes: WriterFactory, *, needs_calibration: bool) -> Choice:
+    dtype = "float16"
+    scheme = Scheme(name, packing, float_packing(dtype), dtype, dtype, bound, needs_calibration=needs_calibration)
+    return Choice(scheme, nodes)
+
+
 TARGETS: Final[Mapping[str, Mapping[str, Choice]]] = {
     "cpu": _choices(
         _cpu(Scheme("w8a8", BLOCKED_W8A8, BLOCKED_W8A8, "float32", kv_dtype="float16", parity_bound=0.25)),
@@ -61,6 +69,11 @@ TARGETS: Final[Mapping[str, Mapping[str, Choice]]] = {
         _cuda_float("bf16-kv-fp8", "bfloat16", 0.15, kv_dtype="float8_e4m3fn"),
         _cuda_nbits("w8a16", 8, 64, 0.1),
         _cuda_nbits("w4a16", 4, 64, 0.5),
+    ),
+    "tensorrt": _choices(
+        _tensorrt("int8", int8_packing(), 0.35, TensorRtInt8Nodes, needs_calibration=True),
+        _tensorrt("int4", int4_packing(64), 0.5, partial(TensorRtInt4Nodes, block=64), needs_calibration=False),
+        _tensorrt("fp8", fp8_packing(), 0.25, TensorRtFp8Nodes, needs_calibration=True),
     ),
 }
 

@@ -69,6 +69,8 @@ class WeightPacker:
 
     def _pack(self, name: str, matrix: Matrix, packing: Packing) -> PackedMatrix:
         """The largest part is written as it comes; the others (scales, sums), one a column, after it."""
+        if packing.finish is not None:
+            return self._pack_whole(name, matrix, packing, packing.finish)
         pieces = self._packed_pieces(matrix, packing)
         first = next(pieces)
         rest: list[Packed] = [first[1:]]
@@ -86,6 +88,17 @@ class WeightPacker:
             whole = np.concatenate(arrays)
             parts.append(self._graph.weight(f"{name}.{part}", whole.dtype.name, whole.shape, [whole]))
         return PackedMatrix(tuple(parts), matrix.num_inputs, matrix.num_columns, matrix.num_blocks)
+
+    def _pack_whole(
+        self, name: str, matrix: Matrix, packing: Packing, finish: Callable[[Packed], Packed]
+    ) -> PackedMatrix:
+        """For layouts that need all rows at once: memory holds the matrix."""
+        wholes = finish(tuple(map(np.concatenate, zip(*self._packed_pieces(matrix, packing), strict=True))))
+        parts = tuple(
+            self._graph.weight(f"{name}.{part}", whole.dtype.name, whole.shape, [whole])
+            for part, whole in zip(packing.parts, wholes, strict=True)
+        )
+        return PackedMatrix(parts, matrix.num_inputs, matrix.num_columns, matrix.num_blocks)
 
     def _packed_pieces(self, matrix: Matrix, packing: Packing) -> Iterator[Packed]:
         """The matrix packed, piece after piece; as many pieces are under way as keep the threads busy."""

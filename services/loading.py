@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -84,7 +85,19 @@ def _open_cuda(settings: Settings, model: StoredModel) -> Backend:
     return open_cuda(model.directory, model.manifest, step_limits(settings, "cuda"))
 
 
-_OPENERS: Mapping[str, Callable[[Settings, StoredModel], Backend]] = {"cpu": open_cpu, "cuda": _open_cuda}
+def _open_tensorrt(settings: Settings, model: StoredModel) -> Backend:
+    from services.backends.engine_cache import EngineCache, engines_root
+    from services.backends.tensorrt import open_tensorrt
+
+    engines = EngineCache(engines_root(settings.store))
+    return open_tensorrt(model.directory, model.manifest, step_limits(settings, "tensorrt"), engines)
+
+
+_OPENERS: Mapping[str, Callable[[Settings, StoredModel], Backend]] = {
+    "cpu": open_cpu,
+    "cuda": _open_cuda,
+    "tensorrt": _open_tensorrt,
+}
 
 
 def open_engine(settings: Settings, backend: Backend) -> Engine:
@@ -146,34 +159,56 @@ def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest
         max_batch_seqs=PARITY_TOKENS,
         kv_memory_bytes=blocks * bytes_per_block(manifest),
     )
-    backend: Backend
-    if manifest.target == "cpu":
-        backend = OnnxRuntimeBackend(directory, manifest, limits)
-    else:
-        from services.backends.cuda_open import open_cuda
+    with tempfile.TemporaryDirectory(prefix="millrace-parity-") as scratch:
+        backend = _PROVERS[manifest.target](directory, manifest, limits, Path(scratch))
+        try:
+            yield ArtifactLogits(backend)
+        finally:
+            backend.close()
 
-        backend = open_cuda(directory, manifest, limits, look_ahead=False, prepare=False)
-    try:
-        yield ArtifactLogits(backend)
-    finally:
-        backend.close()
+
+def _prove_cpu(directory: Path, manifest: ModelManifest, limits: StepLimits, _scratch: Path) -> Backend:
+    return OnnxRuntimeBackend(directory, manifest, limits)
+
+
+def _prove_cuda(directory: Path, manifest: ModelManifest, limits: StepLimits, _scratch: Path) -> Backend:
+    from services.backends.cuda_open import open_cuda
+
+    return open_cuda(directory, manifest, limits, look_ahead=False, prepare=False)
+
+
+def _prove_tensorrt(directory: Path, manifest: ModelManifest, limits: StepLimits, scratch: Path) -> Backend:
+    from services.backends.tensorrt import open_building
+
+    return open_building(directory, manifest, limits, scratch)
+
+
+_PROVERS: Mapping[str, Callable[[Path, ModelManifest, StepLimits, Path], Backend]] = {
+    "cpu": _prove_cpu,
+    "cuda": _prove_cuda,
+    "tensorrt": _prove_tensorrt,
+}
 
 
 def describe(settings: Settings, model: StoredModel, machine: Machine) -> dict[str, object]:
-    """The numbers this machine will choose for this model, and what they come from."""
-    limits = step_limits(settings, machine=machine)
-    blocks = count_blocks(model.manifest, limits)
+    """The numbers this machine will choose for this model, and what they come from.
+
+    None where only the GPU can tell: its KV pool takes what is left once the model is on it.
+    """
+    limits = step_limits(settings, model.manifest.target, machine)
+    blocks = count_blocks(model.manifest, limits) if limits.kv_memory_bytes else None
     block_size = model.manifest.kv_cache.block_size
     return {
         "model": model.manifest.model_id,
+        "target": model.manifest.target,
         "scheme": model.manifest.scheme,
         "parameters": model.manifest.num_parameters,
         "weights_bytes": sum(entry.size_bytes for entry in model.manifest.files.values()),
         "context_tokens": model.manifest.geometry.max_model_len,
         "kv_bytes_per_token": bytes_per_block(model.manifest) // block_size,
         "kv_blocks": blocks,
-        "kv_tokens": blocks * block_size,
-        "kv_memory_bytes": blocks * bytes_per_block(model.manifest),
+        "kv_tokens": blocks and blocks * block_size,
+        "kv_memory_bytes": blocks and blocks * bytes_per_block(model.manifest),
         "threads": limits.threads,
         "max_batch_tokens": limits.max_batch_tokens,
         "max_batch_seqs": limits.max_batch_seqs,

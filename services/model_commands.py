@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from model_store.manifest import ModelManifest
 from model_store.store import Store
@@ -22,12 +25,34 @@ SHIPPED_DIRECTORY = Path(__file__).resolve().parents[1] / "models" / SHIPPED_NAM
 
 
 def import_directory(
-    settings: Settings, directory: str, name: str, scheme: str, *, parity_bound: float | None, as_json: bool
+    settings: Settings,
+    directory: str,
+    name: str,
+    *,
+    target: str,
+    scheme: str | None,
+    calibration: Path | None,
+    parity_bound: float | None,
+    as_json: bool,
 ) -> int:
-    """Import a checkpoint, showing progress on standard error; prints the manifest's summary."""
+    """Import a checkpoint, showing progress on standard error; prints the manifest's summary.
+
+    Without a scheme the target's first is taken. `calibration`: a text file.
+    """
+    from model_store.targets import choose  # brings onnx; only imports need it
+
     start = time.perf_counter()
     source = Path(directory).expanduser()
-    manifest = _import(settings, source, name, scheme, parity_bound=parity_bound, is_quiet=as_json)
+    manifest = _import(
+        settings,
+        source,
+        name,
+        choose(target, scheme).scheme.name,
+        target=target,
+        calibration_ids=() if calibration is None else _read_calibration(calibration, source),
+        parity_bound=parity_bound,
+        is_quiet=as_json,
+    )
     elapsed_s = time.perf_counter() - start
     if as_json:
         print(msgspec.json.encode(manifest).decode())
@@ -92,16 +117,26 @@ def remove(settings: Settings, name: str, *, as_json: bool) -> int:
     return 0
 
 
+def _read_calibration(text: Path, source: Path) -> Sequence[NDArray[np.int64]]:
+    from model_store.calibration_text import read_calibration
+    from model_store.checkpoint import open_checkpoint
+
+    with open_checkpoint(source) as checkpoint:
+        return read_calibration(text, source, checkpoint.spec.max_model_len)
+
+
 def _import(
     settings: Settings,
     directory: Path,
     name: str,
     scheme: str,
     *,
+    target: str = "cpu",
+    calibration_ids: Sequence[NDArray[np.int64]] = (),
     parity_bound: float | None = None,
     is_quiet: bool,
 ) -> ModelManifest:
-    from model_store.importing import import_model  # brings onnx; only imports need it
+    from model_store.importing import import_model
 
     is_line_open = False
 
@@ -117,9 +152,11 @@ def _import(
             Store(settings.store),
             name=name,
             scheme=scheme,
+            target=target,
             candidate_factory=partial(artifact_logits, settings),
             progress=progress,
             parity_bound=parity_bound,
+            calibration_ids=calibration_ids,
         )
     finally:
         if is_line_open:
@@ -144,6 +181,6 @@ def _line(manifest: ModelManifest) -> str:
     parity = manifest.parity
     error = f"logits within {parity.max_relative_error:.2e}" if parity else "parity not measured"
     return (
-        f"{row['model']:<32} {row['architecture']:<20} {row['scheme']:<5} {row['parameters']:>14,} parameters"
-        f" {row['size_bytes']:>14,} bytes  {error}"
+        f"{row['model']:<32} {row['architecture']:<20} {row['target']:<8} {row['scheme']:<12}"
+        f" {row['parameters']:>14,} parameters {row['size_bytes']:>14,} bytes  {error}"
     )

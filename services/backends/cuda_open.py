@@ -6,6 +6,7 @@ will ever ask for; what is then free is the pool's, less a reserve for CUDA grap
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,9 @@ QUANTIZED_RESERVE_SHARE: Final = 0.25
 LEAST_RESERVE_BYTES: Final = 512 << 20
 PREPARED_TOKENS: Final = 2048  # decode graphs of sequences up to this long are captured at start
 
+# Given the open device, the ONNX Runtime providers (name, options) that come before CUDA's.
+Providers = Callable[[Device], Sequence[tuple[str, Mapping[str, str]]]]
+
 
 def open_cuda(
     directory: Path,
@@ -39,11 +43,12 @@ def open_cuda(
     look_ahead: bool = True,
     prepare: bool = True,
     profile: Path | None = None,
+    providers: Providers = lambda _: (),
 ) -> CudaBackend:
     """The model in `directory` on GPU 0. kv_memory_bytes = 0: what the GPU has left. Raises BackendError(FATAL)."""
     try:
         limits = replace(limits, max_batch_seqs=min(limits.max_batch_seqs, MAX_SEQUENCES))
-        parts, device = _open_parts(directory, manifest, limits, profile)
+        parts, device = _open_parts(directory, manifest, limits, profile, providers)
         if not limits.kv_memory_bytes:
             limits = replace(limits, kv_memory_bytes=_free_after_largest_step(parts, device, manifest, limits))
         backend = CudaBackend(parts, manifest, backend_limits(manifest, limits), look_ahead=look_ahead)
@@ -55,13 +60,18 @@ def open_cuda(
 
 
 def _open_parts(
-    directory: Path, manifest: ModelManifest, limits: StepLimits, profile: Path | None
+    directory: Path, manifest: ModelManifest, limits: StepLimits, profile: Path | None, providers: Providers
 ) -> tuple[CudaParts, Device]:
     dtype = manifest.activations
     device = Device()
     binding = LinearBinding(device, dtype, scratch_bytes(manifest, limits))
     session = CudaSession(
-        directory / GRAPH_FILE, binding.session(), ordinal=device.ordinal, stream=device.stream, profile=profile
+        directory / GRAPH_FILE,
+        binding.session(),
+        ordinal=device.ordinal,
+        stream=device.stream,
+        providers=providers(device),
+        profile=profile,
     )
 
     def close() -> None:

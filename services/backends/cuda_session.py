@@ -79,7 +79,9 @@ class CudaSession:
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        levels = ort.GraphOptimizationLevel
+        # Engines are found by the names in the graph as it was exported: what fuses nodes renames them.
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL if providers else levels.ORT_ENABLE_EXTENDED
         options.enable_mem_pattern = False  # shapes change every step
         options.log_severity_level = 3
         # A node that fell back to the processor would copy and wait in every step.

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from batcher.backend import SamplingInput
 from batcher.sampling import sample, uniforms
-from tests.kernels.cuda.test_cuda_sample import BIG_SEED, Floats, on_device, random_logits, sampling
-
-TOP_P_BOUND = 2e-6  # sample.cu: within that of a cumulative probability its cut may be the next one
+from tests.kernels.cuda.test_cuda_sample import BIG_SEED, TOP_P_BOUND, Floats, on_device, random_logits, sampling
 
 
 def reference(logits: Floats, how: SamplingInput) -> list[set[int]]:

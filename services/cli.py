@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from batcher.backend import BackendError
 from kernels.loader import KernelsUnavailable
@@ -40,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="gateway and worker in one process")
     up.set_defaults(command=_up)
 
+    gateway = commands.add_parser("gateway", help="HTTP in a process of its own, over a queue in Redis")
+    gateway.set_defaults(command=_gateway)
+    worker = commands.add_parser("worker", help="engines in a process of their own, over a queue in Redis")
+    worker.set_defaults(command=_worker)
+
     generate = commands.add_parser("generate", help="one answer from a model, without a server")
     generate.add_argument("prompt", nargs="?", help="a message to the model (its chat template is applied)")
     generate.add_argument("--model", help="name or name@revision (default: the first of --models)")
@@ -61,12 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("directory")
     action.add_argument("--name", required=True)
     action.add_argument(
-        "--scheme", default="w8a8", choices=("w8a8", "fp32"), help="how weights are stored (default w8a8)"
+        "--target", default="cpu", choices=("cpu", "cuda", "tensorrt"), help="where it will run (default cpu)"
+    )
+    action.add_argument(
+        "--scheme",
+        help="how weights, activations and the KV cache are stored: cpu w8a8, fp32; cuda bf16, fp16, bf16-kv-int8,"
+        " bf16-kv-fp8, w8a16, w4a16; tensorrt int8, int4, fp8 (default: the target's first)",
+    )
+    action.add_argument(
+        "--calibration", metavar="FILE", help="text to measure ranges on, for the schemes that need it (UTF-8)"
     )
     action.add_argument(
         "--parity-bound",
         type=float,
-        help="largest relative error of a row of logits to accept (default: 1e-4 for fp32, 0.25 for w8a8)",
+        help="largest relative error of a row of logits to accept (default: the scheme's, such as 0.25 for w8a8)",
     )
     action.add_argument("--json", action="store_true")
     action.set_defaults(command=_models_import)
@@ -81,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("model", help="name or name@revision")
         action.add_argument("--json", action="store_true")
         action.set_defaults(command=_models_action, action=name)
+
+    engines = commands.add_parser("engines", help="TensorRT engines: built at release, never while serving")
+    engine_actions = engines.add_subparsers(required=True, metavar="ACTION")
+    for name, help_text in (
+        ("build", "build a model's engines for this machine: GPU, driver, libraries, and --max-batch-tokens"),
+        ("list", "the machines that a model has engines for"),
+    ):
+        action = engine_actions.add_parser(name, help=help_text)
+        action.add_argument("model", help="name or name@revision, imported with --target tensorrt")
+        action.add_argument("--json", action="store_true")
+        action.set_defaults(command=_engines, action=name)
 
     doctor = commands.add_parser("doctor", help="this machine, and the sizes that would be chosen here")
     doctor.add_argument("--json", action="store_true")
@@ -100,7 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--json", action="store_true")
     engine.set_defaults(command=_bench_engine)
 
-    for leaf in (up, generate, doctor, engine, *actions.choices.values()):
+    for leaf in (
+        up,
+        gateway,
+        worker,
+        generate,
+        doctor,
+        engine,
+        *actions.choices.values(),
+        *engine_actions.choices.values(),
+    ):
         add_flags(leaf)
     return parser
 
@@ -109,6 +143,18 @@ def _up(arguments: argparse.Namespace) -> int:
     from services.up import up
 
     return up(read_settings(arguments))
+
+
+def _gateway(arguments: argparse.Namespace) -> int:
+    from services.gateway_process import run_gateway
+
+    return run_gateway(read_settings(arguments))
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from services.worker_process import run_worker
+
+    return run_worker(read_settings(arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -140,8 +186,16 @@ def _models_import(arguments: argparse.Namespace) -> int:
     bound = arguments.parity_bound
     if bound is not None and not 0 < bound < 1:
         raise BadRequest(f"--parity-bound is {bound}; expected a number between 0 and 1", param="--parity-bound")
+    calibration = arguments.calibration
     return import_directory(
-        settings, arguments.directory, arguments.name, arguments.scheme, parity_bound=bound, as_json=arguments.json
+        settings,
+        arguments.directory,
+        arguments.name,
+        target=arguments.target,
+        scheme=arguments.scheme,
+        calibration=None if calibration is None else Path(calibration).expanduser(),
+        parity_bound=bound,
+        as_json=arguments.json,
     )
 
 
@@ -153,6 +207,17 @@ def _models_action(arguments: argparse.Namespace) -> int:
         return model_commands.show_list(settings, as_json=arguments.json)
     actions = {"show": model_commands.show, "verify": model_commands.verify, "rm": model_commands.remove}
     return actions[arguments.action](settings, arguments.model, as_json=arguments.json)
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    from services.engine_commands import build_engines, list_engines
+
+    settings = read_settings(arguments)
+    if arguments.action == "list":
+        return list_engines(settings, arguments.model, as_json=arguments.json)
+    from services.backends.tensorrt import TensorRtMachine
+
+    return build_engines(settings, arguments.model, TensorRtMachine(), as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

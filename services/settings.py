@@ -44,7 +44,10 @@ class Settings:
     store: Annotated[Path, About("directory of the model store")] = Path("~/.millrace/store")
     models: Annotated[str, About("models to serve, comma separated: name or name@revision")] = "millpond"
     host: Annotated[str, About("address the gateway listens on")] = "127.0.0.1"
-    port: Annotated[int, About("port of the gateway", 0, 65535)] = 8000
+    port: Annotated[int, About("port of the gateway, or of a worker's probes", 0, 65535)] = 8000
+    redis_url: Annotated[str, About("where `gateway` and `worker` meet: redis://, rediss:// or unix://")] = (
+        "redis://127.0.0.1:6379/0"
+    )
     metrics_port: Annotated[int, About("port of its own for /metrics; 0 = on the gateway's port", 0, 65535)] = 0
     threads: Annotated[int, About("compute threads; 0 = one for each core this process may use", 0, 1024)] = 0
     kernels: Annotated[str, About("instruction set of the kernels", choices=("auto", "portable", "avx2", "avx512"))] = (

@@ -11,16 +11,19 @@ to a living one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from batcher.backend import BackendError, BackendLimits
 from batcher.engine import Engine
+from services.telemetry import EngineSource
+from wire.errors import Unavailable
 from wire.messages import Failed, Finished, Generate
 from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
 
@@ -33,6 +36,7 @@ OVERCOMMIT = 2.0
 HUNG_AFTER_S = 30.0
 # Renewals also carry cancellations to requests that emit nothing yet (a long prefill), so they are not rare.
 RENEW_AT_MOST_S = 0.5
+AWAY_RETRY_S = 0.2
 
 
 @dataclass(slots=True)
@@ -74,6 +78,7 @@ class Worker:
         self._fatal: BaseException | None = None
         self._last_step = time.monotonic()
         self._is_idle = True
+        self._was_away = False
 
     @property
     def is_alive(self) -> bool:
@@ -83,6 +88,11 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         return self.is_alive and not self._draining
+
+    @property
+    def source(self) -> EngineSource:
+        """What metrics read of this worker."""
+        return EngineSource(self.model_id, lambda: self.load, lambda: self.is_alive)
 
     @property
     def running_requests(self) -> int:
@@ -105,7 +115,8 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(thread.join, 10.0)
-            await self._queue.release([(rid, owned.epoch) for rid, owned in self._owned.items()])
+            with contextlib.suppress(Unavailable):  # they lapse
+                await self._queue.release([(rid, owned.epoch) for rid, owned in self._owned.items()])
             self._owned.clear()
         if self._fatal is not None:
             raise self._fatal
@@ -138,10 +149,15 @@ class Worker:
             if self._draining or budget.max_requests < 1 or budget.max_tokens < 1:
                 await self._work_changed.wait()
                 continue
-            leases = await self._queue.lease(budget, wait_s=self._lease_s)
+            try:
+                leases = await self._queue.lease(budget, wait_s=self._lease_s)
+            except Unavailable as error:
+                await self._queue_is_away(error)
+                continue
             if self._draining:  # the call was waiting when the drain began
                 await self._queue.release([(lease.request.request_id, lease.epoch) for lease in leases])
                 continue
+            self._was_away = False
             for lease in leases:
                 self._accept(lease)
 
@@ -174,13 +190,29 @@ class Worker:
             appends = [self._outbox.popleft() for _ in range(len(self._outbox))]
             if not appends:
                 continue
-            refusals = await self._queue.publish(appends)
+            refusals = await self._publish(appends)
             for append in appends:
                 event = append.event
                 if isinstance(event, Finished | Failed):
                     self._forget(event.request_id, append.epoch)
             for refusal in refusals:
                 self._refused(refusal)
+
+    async def _publish(self, appends: Sequence[Append]) -> list[Refusal]:
+        """Publish, however long the queue is away: what comes late is fenced if somebody else has taken over."""
+        while True:
+            try:
+                return await self._queue.publish(appends)
+            except Unavailable as error:
+                if self._stopping:
+                    return []
+                await self._queue_is_away(error)
+
+    async def _queue_is_away(self, error: Unavailable) -> None:
+        if not self._was_away:
+            logger.warning("the queue is away", extra={"reason": error.message})
+        self._was_away = True
+        await asyncio.sleep(AWAY_RETRY_S)
 
     def _forget(self, request_id: str, epoch: int) -> None:
         owned = self._owned.get(request_id)
@@ -209,8 +241,9 @@ class Worker:
             if self._owned and (self._last_step != seen or self._is_idle):
                 seen = self._last_step
                 leases = [(rid, owned.epoch) for rid, owned in self._owned.items()]
-                for refusal in await self._queue.renew(leases):
-                    self._refused(refusal)
+                with contextlib.suppress(Unavailable):  # the next time, or the lease lapses
+                    for refusal in await self._queue.renew(leases):
+                        self._refused(refusal)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import secrets
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, Final
 
 from redis.asyncio.client import PubSub
@@ -42,8 +42,9 @@ _LOST: Final = (RedisConnectionError, RedisTimeoutError, OSError)
 class RedisQueue:
     """Use `await RedisQueue.open(...)`. One event loop owns it."""
 
-    def __init__(self, client: Client, limits: QueueLimits, partition: str) -> None:
+    def __init__(self, client: Client, limits: QueueLimits, partition: str, news: Client) -> None:
         self._client = client
+        self._news = news
         self._limits = limits
         self._prefix = f"mr:{{{partition}}}:"
         self._channel = f"{self._prefix}ev:{secrets.token_hex(8)}"
@@ -61,13 +62,19 @@ class RedisQueue:
         self._idle: dict[asyncio.Future[None], frozenset[str]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = -1
-        self._sweeps: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
+        self._answers = True
 
     @classmethod
-    async def open(cls, client: Client, limits: QueueLimits, *, partition: str = "0") -> RedisQueue:
-        """Load the functions and begin to listen. Raises Unavailable if Redis cannot be reached."""
-        queue = cls(client, limits, partition)
+    async def open(
+        cls, client: Client, limits: QueueLimits, *, partition: str = "0", news: Client | None = None
+    ) -> RedisQueue:
+        """Load the functions and begin to listen. Raises Unavailable if Redis cannot be reached.
+
+        `news`: the client to listen with, if it wants other time limits than calls.
+        """
+        queue = cls(client, limits, partition, news or client)
         try:
             queue._library = await load_library(client)
             queue._pubsub = await queue._subscribe()
@@ -75,6 +82,11 @@ class RedisQueue:
             raise Unavailable(f"Redis cannot be reached: {error}") from error
         queue._listener = asyncio.create_task(queue._listen(), name="queue-news")
         return queue
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether Redis answered last time and news come in."""
+        return self._answers and self._pubsub is not None
 
     # ---- the gateways' side ----
 
@@ -170,7 +182,7 @@ class RedisQueue:
             self._timer.cancel()
         if self._listener is not None:
             self._listener.cancel()
-            await asyncio.gather(self._listener, *self._sweeps, return_exceptions=True)
+            await asyncio.gather(self._listener, *self._tasks, return_exceptions=True)
         for waiting in [*self._idle, *(each.woken for some in self._followers.values() for each in some)]:
             _wake(waiting)
         if self._pubsub is not None:
@@ -211,17 +223,38 @@ class RedisQueue:
             try:
                 answer: Any = self._client.fcall(name, 1, self._prefix, *self._arguments, *arguments)
                 reply = await answer
+                self._answers = True
                 break
             except ResponseError as error:
                 if is_last or "Function not found" not in str(error):
                     raise
                 await load_library(self._client)  # a Redis that has lost its functions, or a replica made master
             except _LOST as error:
+                self._note_away()
                 if is_last or not is_repeatable:
                     raise Unavailable(f"Redis cannot be reached: {error}") from error
         self._set_timer(int(reply[0]), int(reply[1]))
         rest: list[Any] = reply[2:]
         return rest
+
+    def _note_away(self) -> None:
+        """Not ready until Redis answers a ping again."""
+        if self._answers:
+            self._answers = False
+            self._spawn(self._await_answer())
+
+    async def _await_answer(self) -> None:
+        while not self._answers and not self._is_closed:
+            await asyncio.sleep(RECONNECT_S)
+            with contextlib.suppress(RedisError, OSError):
+                answer: Any = self._client.ping()
+                await answer
+                self._answers = True
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _set_timer(self, due_ms: int, now_ms: int) -> None:
         """Sweep when the next thing is due. All who are connected do; it is one cheap call that finds nothing twice."""
@@ -235,9 +268,7 @@ class RedisQueue:
 
     def _on_timer(self) -> None:
         self._timer = None
-        task = asyncio.create_task(self._sweep_quietly())
-        self._sweeps.add(task)
-        task.add_done_callback(self._sweeps.discard)
+        self._spawn(self._sweep_quietly())
 
     async def _sweep_quietly(self) -> None:
         with contextlib.suppress(Unavailable):
@@ -246,7 +277,7 @@ class RedisQueue:
     # ---- news ----
 
     async def _subscribe(self) -> PubSub:
-        pubsub: PubSub = self._client.pubsub()
+        pubsub: PubSub = self._news.pubsub()
         await pubsub.subscribe(self._channel, self._prefix + "work")
         return pubsub
 

@@ -54,8 +54,11 @@ class Server:
 
 
 @contextmanager
-def serve(store: Path, **settings: str) -> Iterator[Server]:
-    """Start `millrace up`, wait for its address; on the way out SIGTERM, and a clean exit is demanded."""
+def serve(store: Path, command: str = "up", **settings: str) -> Iterator[Server]:
+    """Start `millrace up` (or gateway, or worker), wait for its address; on the way out SIGTERM.
+
+    A clean exit is demanded, of a process that the test has not killed.
+    """
     environment: Mapping[str, str] = {
         **{name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")},
         "MILLRACE_STORE": str(store),
@@ -65,7 +68,7 @@ def serve(store: Path, **settings: str) -> Iterator[Server]:
     }
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "up"],
+        [sys.executable, "-m", "services.cli", command],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     output: list[str] = []
@@ -83,7 +86,7 @@ def serve(store: Path, **settings: str) -> Iterator[Server]:
             reader.join(10)
         if process.stdout is not None:
             process.stdout.close()
-    assert code == 0, "".join(output)
+    assert code in (0, -signal.SIGKILL), "".join(output)
 
 
 def _address(process: subprocess.Popen[str], output: list[str]) -> str:

@@ -1,0 +1,71 @@
+"""`millrace gateway`: HTTP and text in a process of its own, over the queue that it shares with workers.
+
+It keeps no request: another gateway serves the same streams from the same logs. While Redis is away it is not ready,
+new requests are answered 503, and open streams wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry
+
+from gateway.app import create_app
+from gateway.models import Models
+from gateway.probes import Health
+from services.loading import StoredModel, find_model
+from services.model_commands import ensure_shipped
+from services.redis_queue import open_queue
+from services.serving import (
+    Server,
+    expose_metrics,
+    gateway_limits,
+    listen,
+    on_signals,
+    run_loop,
+    say_where,
+    uvicorn_config,
+)
+from services.settings import Settings, package_version
+from services.telemetry import GatewayMetrics, configure_logging
+
+
+def run_gateway(settings: Settings) -> int:
+    """Serve until a signal."""
+    configure_logging(settings.log_level)
+    ensure_shipped(settings)
+    models = [find_model(settings, name) for name in settings.model_names]
+    return run_loop(_serve(settings, models, listen(settings)))
+
+
+async def _serve(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:
+    queue = await open_queue(settings)
+    registry = CollectorRegistry()
+    draining = asyncio.Event()
+
+    def health() -> Health:
+        reason = "draining" if draining.is_set() else "" if queue.is_connected else "Redis is away"
+        return Health(is_live=True, is_ready=not reason, is_draining=draining.is_set(), reason=reason)
+
+    limits = gateway_limits(settings)
+    app = create_app(
+        queue,
+        Models.load([model.directory for model in models], limits),
+        limits=limits,
+        health=health,
+        telemetry=GatewayMetrics(registry),
+        version=package_version(),
+    )
+    expose_metrics(settings, app, registry)
+    server = Server(uvicorn_config(settings, app))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    on_signals(draining, server)
+    say_where(listener, [model.manifest.model_id for model in models])
+    stop = asyncio.create_task(draining.wait())
+    await asyncio.wait([stop, serving], return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    await queue.close()
+    return 0

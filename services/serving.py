@@ -1,0 +1,125 @@
+"""The HTTP side of a process: socket, server, metrics, signals. What `up`, `gateway` and `worker` share.
+
+Start: the port is taken before anything slow happens. Stop: the first signal begins the drain, a second ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Coroutine, Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.limits import GatewayLimits
+from services.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+def run_loop(main: Coroutine[Any, Any, int]) -> int:
+    """Run `main` on the fast event loop where it is installed."""
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    return asyncio.run(main)
+
+
+def gateway_limits(settings: Settings) -> GatewayLimits:
+    """What clients may send, as the settings say."""
+    return GatewayLimits(
+        max_body_bytes=settings.max_body_bytes,
+        ws_max_frame_bytes=settings.max_body_bytes,
+        cancel_grace_s=settings.cancel_grace_s,
+    )
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Take the port. Raises SettingsError in words."""
+    try:
+        return socket.create_server((settings.host, settings.port), backlog=2048, reuse_port=False)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+
+
+def expose_metrics(settings: Settings, app: Starlette, registry: CollectorRegistry) -> None:
+    """/metrics on the application's port, or on one of its own."""
+    if settings.metrics_port == 0:
+
+        async def metrics(_: Request) -> Response:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+        app.add_route("/metrics", metrics, include_in_schema=False)
+        return
+    try:
+        start_http_server(settings.metrics_port, settings.host, registry)
+    except OSError as error:
+        raise SettingsError(f"cannot serve metrics on port {settings.metrics_port}: {error.strerror}") from None
+
+
+def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
+    """How the server treats connections."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws_max_size=settings.max_body_bytes,
+        ws_max_queue=16,
+        ws_per_message_deflate=False,  # a deflate bomb is not worth the bytes saved on tokens
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the order of shutdown is ours (drain, then close)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]  # the base class is a generator context manager
+        yield
+
+
+def on_signals(draining: asyncio.Event, server: Server) -> None:
+    """SIGTERM and SIGINT set `draining`."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int, frame: FrameType | None = None) -> None:
+        if draining.is_set():  # the second time: do not wait
+            server.force_exit = True
+            raise SystemExit(128 + number)
+        logger.info("draining", extra={"signal": signal.Signals(number).name})
+        draining.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where clients reach it."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def say_where(listener: socket.socket, model_ids: Sequence[str]) -> None:
+    """Print the address and a line to try."""
+    address = address_of(listener)
+    message = '{"messages": [{"role": "user", "content": "What is 12 + 30?"}]}'
+    print(
+        f"\nMillrace serves {', '.join(model_ids)} at {address}\n\nTry:\n"
+        f"  curl -s {address}/generate -H 'content-type: application/json' -d '{message}'\n",
+        file=sys.stdout,
+        flush=True,
+    )

@@ -1,0 +1,124 @@
+"""Gateway, worker and Redis as separate processes: the same answers as in one, and they survive each other."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.settings import Settings
+from tests.e2e.server import Server, serve
+from tests.e2e.test_embedded import LONG, sse
+from tests.redis_server import RedisServer
+
+LEASE_S = "1.0"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path, keeps_data=True)
+    server.start()
+    yield server
+    server.stop()
+
+
+def over(redis: RedisServer) -> dict[str, str]:
+    return {"redis_url": redis.url, "lease_s": LEASE_S, "log_level": "info"}
+
+
+def streamed(client: httpx.Client, body: dict[str, object]) -> list[int]:
+    with client.stream("POST", "/generate", json={**body, "stream": True}) as stream:
+        return [token for event in sse(stream) for token in event.get("token_ids") or []]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def expected(client: httpx.Client) -> list[int]:
+    """What one process answers."""
+    answer: list[int] = client.post("/generate", json=LONG).json()["token_ids"]
+    return answer
+
+
+def test_separate_processes_answer_as_one_does(
+    shipped_settings: Settings, redis: RedisServer, expected: list[int]
+) -> None:
+    store = shipped_settings.store
+    with serve(store, "gateway", **over(redis)) as gateway, serve(store, "worker", **over(redis)) as worker:
+        with gateway.client() as client, worker.client() as probes:
+            assert client.post("/generate", json=LONG).json()["token_ids"] == expected
+            assert streamed(client, LONG) == expected
+            assert client.get("/readyz").status_code == probes.get("/readyz").status_code == 200
+            assert probes.get("/livez").json() == {"status": "live"}
+        assert worker.metric("millrace_engine_steps_total") > 0
+
+
+def test_a_stream_survives_the_death_of_its_worker(
+    shipped_settings: Settings, redis: RedisServer, expected: list[int]
+) -> None:
+    """Killed in the middle of four streams; another worker continues each at the next token, and no token differs."""
+    store = shipped_settings.store
+    body = {**LONG, "temperature": 0.9, "seed": 7}
+    with (
+        serve(store, "gateway", **over(redis)) as gateway,
+        gateway.client() as client,
+        serve(store, "worker", **over(redis)) as first,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        sampled = streamed(client, body)
+        streams = [pool.submit(streamed, client, each) for each in (LONG, body, LONG, body)]
+        while running(first) < 4:
+            time.sleep(0.01)
+        first.process.send_signal(signal.SIGKILL)
+        assert not any(stream.done() for stream in streams)
+        with serve(store, "worker", **over(redis)):
+            answers = [stream.result(60) for stream in streams]
+    assert answers == [expected, sampled, expected, sampled]
+
+
+def test_redis_may_go_away_and_come_back(shipped_settings: Settings, redis: RedisServer, expected: list[int]) -> None:
+    store = shipped_settings.store
+    with serve(store, "gateway", **over(redis)) as gateway, serve(store, "worker", **over(redis)) as worker:
+        with gateway.client() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stream = pool.submit(streamed, client, LONG)
+            while not worker.metric("vllm:num_requests_running"):
+                time.sleep(0.01)
+            redis.stop(signal.SIGKILL)
+            with gateway.client() as other:
+                refused = other.post("/generate", json=LONG)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+                assert other.get("/readyz").status_code == 503
+            redis.start()
+            assert stream.result(60) == expected
+            deadline = time.monotonic() + 20
+            while client.get("/readyz").status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert client.post("/generate", json=LONG).json()["token_ids"] == expected
+        assert gateway.process.poll() is worker.process.poll() is None
+
+
+def test_a_drained_worker_hands_over_without_waiting_for_its_lease(
+    shipped_settings: Settings, redis: RedisServer, expected: list[int]
+) -> None:
+    store = shipped_settings.store
+    with (
+        serve(store, "gateway", **over(redis)) as gateway,
+        gateway.client() as client,
+        serve(store, "worker", **over(redis), drain_s="0") as first,
+        serve(store, "worker", **over(redis)),
+        concurrent.futures.ThreadPoolExecutor(6) as pool,
+    ):
+        streams = [pool.submit(streamed, client, LONG) for _ in range(6)]
+        while not running(first) and not all(stream.done() for stream in streams):
+            time.sleep(0.01)
+        first.process.send_signal(signal.SIGTERM)
+        assert [stream.result(60) for stream in streams] == [expected] * 6
+        assert first.process.wait(20) == 0
+
+
+def running(worker: Server) -> float:
+    return worker.metric("vllm:num_requests_running")

@@ -7,7 +7,9 @@ sampling is the reference, and memory is real memory at real addresses.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -215,6 +217,7 @@ def advance_rows(
 def emulated_model() -> tuple[Path, ModelManifest]:
     """A one-layer model built for the CUDA target."""
     directory = Path(tempfile.mkdtemp(prefix="millrace-cuda-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     write_checkpoint(directory / "source", SHAPE, seed=3)
     store = Store(directory / "store")
     manifest = import_model(

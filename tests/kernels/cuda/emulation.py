@@ -23,12 +23,12 @@ FLAGS = ("-std=gnu17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-san
 @lru_cache(maxsize=2)
 def library(dtype: str) -> ctypes.CDLL:
     """The emulated kernels with T = `dtype`."""
-    directory = tempfile.mkdtemp(prefix="millrace-emulated-")
-    path = Path(directory) / "emulated.so"
-    command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, f"-DMR_BF16={int(dtype == 'bfloat16')}"]
-    command += ["-I", str(SOURCES), "-I", str(HERE), str(HERE / "emulated.c"), "-o", str(path), "-lm"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="millrace-emulated-") as directory:  # what is loaded needs no file
+        path = Path(directory) / "emulated.so"
+        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, f"-DMR_BF16={int(dtype == 'bfloat16')}"]
+        command += ["-I", str(SOURCES), "-I", str(HERE), str(HERE / "emulated.c"), "-o", str(path), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(path))
 
 
 def launch(name: str, blocks: int, threads: int, *arguments: Any, dtype: str = "bfloat16") -> None:

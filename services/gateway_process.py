@@ -1,7 +1,7 @@
 """`millrace gateway`: HTTP and text in a process of its own, over the queue that it shares with workers.
 
-It keeps no request: another gateway serves the same streams from the same logs. While Redis is away it is not ready,
-new requests are answered 503, and open streams wait.
+While Redis is away it is not ready, new requests are answered 503, and open streams wait. On SIGTERM those that are open
+have drain_s to come to their end. A stream is resumed at the gateway that took it in: its stop strings are known there only.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
         version=package_version(),
     )
     expose_metrics(settings, app, registry)
-    server = Server(uvicorn_config(settings, app))
+    server = Server(uvicorn_config(settings, app, ending_s=settings.drain_s))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
     say_where(listener, [model.manifest.model_id for model in models])

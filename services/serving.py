@@ -26,6 +26,8 @@ from services.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
+ENDING_S = 5.0  # where the answers themselves have ended already
+
 
 def run_loop(main: Coroutine[Any, Any, int]) -> int:
     """Run `main` on the fast event loop where it is installed."""
@@ -68,8 +70,8 @@ def expose_metrics(settings: Settings, app: Starlette, registry: CollectorRegist
         raise SettingsError(f"cannot serve metrics on port {settings.metrics_port}: {error.strerror}") from None
 
 
-def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
-    """How the server treats connections."""
+def uvicorn_config(settings: Settings, app: Starlette, *, ending_s: float = ENDING_S) -> uvicorn.Config:
+    """How the server treats connections. Once it stops, those that are open have `ending_s` to come to their end."""
     return uvicorn.Config(
         app,
         log_config=None,
@@ -79,7 +81,7 @@ def uvicorn_config(settings: Settings, app: Starlette) -> uvicorn.Config:
         ws_max_queue=16,
         ws_per_message_deflate=False,  # a deflate bomb is not worth the bytes saved on tokens
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=max(1, round(ending_s)),
         server_header=False,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -70,8 +70,7 @@ def test_a_stream_survives_the_death_of_its_worker(
     ):
         sampled = streamed(client, body)
         streams = [pool.submit(streamed, client, each) for each in (LONG, body, LONG, body)]
-        while running(first) < 4:
-            time.sleep(0.01)
+        until(lambda: running(first) == 4)
         first.process.send_signal(signal.SIGKILL)
         assert not any(stream.done() for stream in streams)
         with serve(store, "worker", **over(redis)):
@@ -84,8 +83,7 @@ def test_redis_may_go_away_and_come_back(shipped_settings: Settings, redis: Redi
     with serve(store, "gateway", **over(redis)) as gateway, serve(store, "worker", **over(redis)) as worker:
         with gateway.client() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
             stream = pool.submit(streamed, client, LONG)
-            while not worker.metric("vllm:num_requests_running"):
-                time.sleep(0.01)
+            until(lambda: running(worker) > 0)
             redis.stop(signal.SIGKILL)
             with gateway.client() as other:
                 refused = other.post("/generate", json=LONG)
@@ -93,10 +91,7 @@ def test_redis_may_go_away_and_come_back(shipped_settings: Settings, redis: Redi
                 assert other.get("/readyz").status_code == 503
             redis.start()
             assert stream.result(60) == expected
-            deadline = time.monotonic() + 20
-            while client.get("/readyz").status_code != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            until(lambda: client.get("/readyz").status_code == 200)
             assert client.post("/generate", json=LONG).json()["token_ids"] == expected
         assert gateway.process.poll() is worker.process.poll() is None
 
@@ -113,11 +108,34 @@ def test_a_drained_worker_hands_over_without_waiting_for_its_lease(
         concurrent.futures.ThreadPoolExecutor(6) as pool,
     ):
         streams = [pool.submit(streamed, client, LONG) for _ in range(6)]
-        while not running(first) and not all(stream.done() for stream in streams):
-            time.sleep(0.01)
+        until(lambda: running(first) > 0 or all(stream.done() for stream in streams))
         first.process.send_signal(signal.SIGTERM)
         assert [stream.result(60) for stream in streams] == [expected] * 6
         assert first.process.wait(20) == 0
+
+
+def test_a_drained_gateway_ends_the_streams_it_has(
+    shipped_settings: Settings, redis: RedisServer, expected: list[int]
+) -> None:
+    store = shipped_settings.store
+    with (
+        serve(store, "worker", **over(redis)) as worker,
+        serve(store, "gateway", **over(redis)) as gateway,
+        gateway.client() as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        stream = pool.submit(streamed, client, LONG)
+        until(lambda: running(worker) > 0)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert stream.result(60) == expected
+        assert gateway.process.wait(20) == 0
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def running(worker: Server) -> float:

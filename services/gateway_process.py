@@ -1,7 +1,7 @@
 """`millrace gateway`: HTTP and text in a process of its own, over the queue that it shares with workers.
 
-While Redis is away it is not ready, new requests are answered 503, and open streams wait. On SIGTERM those that are open
-have drain_s to come to their end. A stream is resumed at the gateway that took it in: its stop strings are known there only.
+While Redis is away it is not ready, new requests are answered 503, and open streams wait. On SIGTERM open streams have
+drain_s to come to their end. A stream is resumed at the gateway that took it in: its stop strings are known only there.
 """
 
 from __future__ import annotations

@@ -15,29 +15,25 @@ from prometheus_client import CollectorRegistry
 from gateway.app import create_app
 from gateway.models import Models
 from gateway.probes import Health
-from services.loading import StoredModel, find_model
-from services.model_commands import ensure_shipped
+from services.loading import StoredModel
 from services.redis_queue import open_queue
 from services.serving import (
     Server,
+    begin,
     expose_metrics,
     gateway_limits,
-    listen,
     on_signals,
     run_loop,
     say_where,
     uvicorn_config,
 )
 from services.settings import Settings, package_version
-from services.telemetry import GatewayMetrics, configure_logging
+from services.telemetry import GatewayMetrics
 
 
 def run_gateway(settings: Settings) -> int:
     """Serve until a signal."""
-    configure_logging(settings.log_level)
-    ensure_shipped(settings)
-    models = [find_model(settings, name) for name in settings.model_names]
-    return run_loop(_serve(settings, models, listen(settings)))
+    return run_loop(_serve(settings, *begin(settings)))
 
 
 async def _serve(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:

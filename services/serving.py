@@ -22,7 +22,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.limits import GatewayLimits
+from services.loading import StoredModel, find_model
+from services.model_commands import ensure_shipped
 from services.settings import Settings, SettingsError
+from services.telemetry import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,19 @@ def run_loop(main: Coroutine[Any, Any, int]) -> int:
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     return asyncio.run(main)
+
+
+def begin(settings: Settings) -> tuple[list[StoredModel], socket.socket]:
+    """What comes before anything slow: logging, the models' names, and the port, so that a taken one is said at once.
+
+    Raises SettingsError, UnknownModel.
+    """
+    configure_logging(settings.log_level)
+    ensure_shipped(settings)
+    models = [find_model(settings, name) for name in settings.model_names]
+    if not models:
+        raise SettingsError("models names no model; set MILLRACE_MODELS to a name of `millrace models list`")
+    return models, listen(settings)
 
 
 def gateway_limits(settings: Settings) -> GatewayLimits:

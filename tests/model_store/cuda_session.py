@@ -18,7 +18,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from model_store.importing import import_model
 from model_store.manifest import GRAPH_FILE, ModelManifest
+from model_store.spec import DecoderSpec
+from model_store.store import Store
+from tests.model_store.checkpoints import Case
 from tests.model_store.cuda_operators import OPERATORS
 
 TokenIds = NDArray[np.int64]
@@ -113,3 +117,35 @@ def open_cuda_session(directory: Path, manifest: ModelManifest) -> Iterator[Cuda
     model = onnx.load(str(directory / GRAPH_FILE))
     evaluator = ReferenceEvaluator(model, new_ops=OPERATORS, check_shape_annotations=True)
     yield CudaSession(evaluator, manifest)
+
+
+def quiet(_: str, __: int, ___: int) -> None:
+    """No progress."""
+
+
+def some_text(vocab_size: int) -> list[TokenIds]:
+    """What ranges are measured on: not the ids that parity is measured on."""
+    random = np.random.default_rng(3)
+    return [random.integers(0, vocab_size, 500, dtype=np.int64) for _ in range(2)]
+
+
+@contextmanager
+def imported(
+    tmp_path: Path, case: Case, target: str, scheme: str, bound: float, spec: DecoderSpec | None = None
+) -> Iterator[CudaSession]:
+    """`case` as an artifact in tmp_path/store, open; with `spec`, what lies in tmp_path/source already."""
+    spec = spec or case.write(tmp_path / "source")
+    store = Store(tmp_path / "store")
+    manifest = import_model(
+        tmp_path / "source",
+        store,
+        "pond",
+        scheme=scheme,
+        target=target,
+        candidate_factory=open_cuda_session,
+        progress=quiet,
+        parity_bound=bound,
+        calibration_ids=some_text(spec.vocab_size),
+    )
+    with open_cuda_session(store.resolve("pond"), manifest) as session:
+        yield session

@@ -15,6 +15,11 @@ from bench.random_model import SHAPES, write_checkpoint
 from model_store.calibration import BINS, Calibration, Histogram, calibrate, kl_threshold
 from model_store.calibration_text import MOST_SEQUENCES, SEQUENCE_TOKENS, read_calibration
 from model_store.checkpoint import open_checkpoint
+from model_store.importing import import_model
+from model_store.store import Store
+from model_store.targets import TARGETS
+from tests.model_store.checkpoints import CASES
+from tests.model_store.cuda_session import open_cuda_session, quiet
 from wire.errors import BadRequest
 
 VALUES = arrays.arrays(np.float32, st.integers(1, 60), elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False))
@@ -108,3 +113,28 @@ def test_unusable_text_is_refused_with_the_reason(tmp_path: Path, content: bytes
         read_calibration(tmp_path / "text.txt", tmp_path / "source", 512)
     with pytest.raises(BadRequest, match="cannot read"):
         read_calibration(tmp_path / "nothing.txt", tmp_path / "source", 512)
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [
+        (target, scheme)
+        for target, choices in TARGETS.items()
+        for scheme, choice in choices.items()
+        if choice.scheme.needs_calibration
+    ],
+)
+def test_a_scheme_that_measures_ranges_is_refused_without_text(tmp_path: Path, target: str, scheme: str) -> None:
+    CASES["llama"].write(tmp_path / "source")
+    with pytest.raises(BadRequest, match="give calibration text") as caught:
+        import_model(
+            tmp_path / "source",
+            Store(tmp_path / "store"),
+            "pond",
+            scheme=scheme,
+            target=target,
+            candidate_factory=open_cuda_session,
+            progress=quiet,
+        )
+    assert caught.value.param == "calibration"
+    assert Store(tmp_path / "store").list() == []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from model_store.reference import reference_logits
 from model_store.spec import DecoderSpec
 from model_store.store import Store
 from model_store.targets import TARGETS
+from tests.model_store import cuda_session
 from tests.model_store.checkpoints import CASES, Case, load_reference, prompts
-from tests.model_store.cuda_session import CudaSession, Step, open_cuda_session
+from tests.model_store.cuda_session import CudaSession, Step, open_cuda_session, quiet, some_text
 from wire.errors import BadRequest
 
 # The largest error of a row on these checkpoints, with room for another machine's last bits. They are 64 wide, so a
@@ -37,34 +37,11 @@ TAKEN = [name for name in CASES if name not in REFUSED]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}  # four heads of 64
 
 
-def quiet(_: str, __: int, ___: int) -> None:
-    """No progress."""
-
-
-def some_text(vocab_size: int) -> list[NDArray[np.int64]]:
-    """What ranges are measured on: not the ids that parity is measured on."""
-    random = np.random.default_rng(3)
-    return [random.integers(0, vocab_size, 500, dtype=np.int64) for _ in range(2)]
-
-
-@contextmanager
-def imported(tmp_path: Path, case: Case, scheme: str, spec: DecoderSpec | None = None) -> Iterator[CudaSession]:
+def imported(
+    tmp_path: Path, case: Case, scheme: str, spec: DecoderSpec | None = None
+) -> AbstractContextManager[CudaSession]:
     """`case` as an artifact; with `spec`, what lies in tmp_path/source already."""
-    spec = spec or case.write(tmp_path / "source")
-    store = Store(tmp_path / "store")
-    manifest = import_model(
-        tmp_path / "source",
-        store,
-        "pond",
-        scheme=scheme,
-        target="cuda",
-        candidate_factory=open_cuda_session,
-        progress=quiet,
-        parity_bound=BOUNDS[scheme],
-        calibration_ids=some_text(spec.vocab_size),
-    )
-    with open_cuda_session(store.resolve("pond"), manifest) as session:
-        yield session
+    return cuda_session.imported(tmp_path, case, "cuda", scheme, BOUNDS[scheme], spec)
 
 
 @pytest.mark.parametrize("scheme", TARGETS["cuda"])
@@ -207,22 +184,6 @@ def test_sizes_that_the_operators_do_not_take_are_refused_by_name(tmp_path: Path
 def test_other_sizes_too(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadRequest, match=message), imported(tmp_path, Case("LlamaForCausalLM", changes), "bf16"):
         pass
-
-
-@pytest.mark.parametrize("scheme", ["bf16-kv-int8", "bf16-kv-fp8"])
-def test_a_quantized_cache_without_calibration_is_refused(tmp_path: Path, scheme: str) -> None:
-    CASES["llama"].write(tmp_path / "source")
-    with pytest.raises(BadRequest, match="give calibration text") as caught:
-        import_model(
-            tmp_path / "source",
-            Store(tmp_path / "store"),
-            "pond",
-            scheme=scheme,
-            target="cuda",
-            candidate_factory=open_cuda_session,
-            progress=quiet,
-        )
-    assert caught.value.param == "calibration"
 
 
 def test_a_layer_is_five_nodes_and_the_cache_an_input_of_each(tmp_path: Path) -> None:

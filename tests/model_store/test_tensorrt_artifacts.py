@@ -7,7 +7,7 @@ stretches that would become engines. No test here says what TensorRT makes of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +31,9 @@ from model_store.store import Store
 from model_store.targets import TARGETS
 from model_store.tensorrt_packing import fp8_packing, int4_packing, int8_packing, quantize_blocks
 from model_store.tensorrt_seams import KEPT_OPERATORS, engine_inputs
+from tests.model_store import cuda_session
 from tests.model_store.checkpoints import CASES, Case, load_reference, prompts
-from tests.model_store.cuda_session import CudaSession, open_cuda_session
-from tests.model_store.test_cuda_artifacts import quiet, some_text
+from tests.model_store.cuda_session import CudaSession, open_cuda_session, quiet, some_text
 from tests.model_store.test_operator_schemas import check_graph
 from wire.errors import BadRequest
 
@@ -51,23 +51,8 @@ def case_of(name: str) -> Case:
     return replace(CASES[name], changes={**CASES[name].changes, "intermediate_size": 192})
 
 
-@contextmanager
-def imported(tmp_path: Path, case: Case, scheme: str) -> Iterator[CudaSession]:
-    spec = case.write(tmp_path / "source")
-    store = Store(tmp_path / "store")
-    manifest = import_model(
-        tmp_path / "source",
-        store,
-        "pond",
-        scheme=scheme,
-        target="tensorrt",
-        candidate_factory=open_cuda_session,
-        progress=quiet,
-        parity_bound=BOUNDS[scheme],
-        calibration_ids=some_text(spec.vocab_size),
-    )
-    with open_cuda_session(store.resolve("pond"), manifest) as session:
-        yield session
+def imported(tmp_path: Path, case: Case, scheme: str) -> AbstractContextManager[CudaSession]:
+    return cuda_session.imported(tmp_path, case, "tensorrt", scheme, BOUNDS[scheme])
 
 
 @contextmanager
@@ -263,22 +248,6 @@ def test_sizes_that_a_scheme_does_not_take_are_refused_by_name(
     with pytest.raises(BadRequest, match=message), imported(tmp_path, Case("LlamaForCausalLM", changes), scheme):
         pass
     assert Store(tmp_path / "store").list() == []
-
-
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_activations_in_eight_bits_need_calibration(tmp_path: Path, scheme: str) -> None:
-    CASES["llama"].write(tmp_path / "source")
-    with pytest.raises(BadRequest, match="give calibration text") as caught:
-        import_model(
-            tmp_path / "source",
-            Store(tmp_path / "store"),
-            "pond",
-            scheme=scheme,
-            target="tensorrt",
-            candidate_factory=open_cuda_session,
-            progress=quiet,
-        )
-    assert caught.value.param == "calibration"
 
 
 def test_int4_weights_are_read_back_as_they_were_packed(tmp_path: Path) -> None:

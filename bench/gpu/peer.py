@@ -84,8 +84,10 @@ class Peer:
     def _open(self, checkpoint: str, device: str, dtype: str, attention: str) -> Any:
         if self._loaded != (checkpoint, device, dtype, attention):
             self.release()
+            # Straight to the GPU; device_map asks for accelerate, which a processor's run does not need.
+            placed: Values = {} if device == "cpu" else {"device_map": device}
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=getattr(torch, dtype), device_map=device, attn_implementation=attention
+                checkpoint, dtype=getattr(torch, dtype), attn_implementation=attention, **placed
             )
             self._loaded = (checkpoint, device, dtype, attention)
         return self._model

@@ -47,7 +47,8 @@ def running(commands: Sequence[str], redis_url: str) -> Iterator[int]:
     ports = [_free_port() for _ in commands]
     try:
         for command, port in zip(commands, ports, strict=True):
-            environment = {**os.environ, "MILLRACE_PORT": str(port), "MILLRACE_REDIS_URL": redis_url}
+            settings = {"PORT": str(port), "REDIS_URL": redis_url, "LOG_LEVEL": "warning"}
+            environment = {**os.environ, **{f"MILLRACE_{name}": value for name, value in settings.items()}}
             arguments = [sys.executable, "-m", "services.cli", command]
             processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
         for process, port in zip(processes, ports, strict=True):

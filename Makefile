@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS_SERVE := cpu,kernels,import
 EXTRAS_TEST := $(EXTRAS_SERVE),test
 
-.PHONY: serve test check parity clean redis-server
+.PHONY: serve test check parity faults clean redis-server
 
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null
@@ -27,6 +27,11 @@ check: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# Real processes killed and stopped under live streams, minutes long. FAULTS_ARGS='--help' for what it takes.
+faults: $(VENV)/.test redis-server
+	@$(BIN)/python -m kernels.build >/dev/null
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 parity: $(VENV)/.parity
 	@$(BIN)/python -m kernels.build >/dev/null

@@ -1,0 +1,62 @@
+"""`python -m tests.faults`: real processes, real faults, one line a fault; exit code 1 if a token went wrong.
+
+Each fault has a gateway, two workers and a Redis (AOF everysec) of its own. Clients stream the same eight requests
+(greedy and sampled) over and over; every token is compared with what it is without faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.faults.scene import FAULTS, Scene, run_fault
+from tests.shipped import shipped_settings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--faults", default=",".join(FAULTS), help=f"any of {', '.join(FAULTS)}")
+    parser.add_argument("--runs", type=int, default=50, help="how often each fault happens")
+    parser.add_argument("--streams", type=int, default=32, help="live streams")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    names = options.faults.split(",")
+    if unknown := [name for name in names if name not in FAULTS]:
+        parser.error(f"--faults: unknown {unknown[0]!r}; known are {', '.join(FAULTS)}")
+    store, is_clean = shipped_settings().store, True
+    for name in names:
+
+        def progress(done: int, name: str = name) -> None:
+            print(f"{name}: {done}/{options.runs}", file=sys.stderr)
+
+        with (
+            tempfile.TemporaryDirectory(prefix="millrace-faults-") as directory,
+            Scene(store, Path(directory), options.workers).open() as scene,
+        ):
+            tally = asyncio.run(
+                run_fault(scene, name, runs=options.runs, streams=options.streams, seed=options.seed, progress=progress)
+            )
+        is_clean = is_clean and tally.is_clean
+        found = {"fault": name, "what": FAULTS[name][0], "runs": options.runs, "at_once": options.streams}
+        print(json.dumps(found | asdict(tally)) if options.json else _line(found | asdict(tally)), flush=True)
+    return 0 if is_clean else 1
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        "{fault} {what}: {runs} runs, {streams:,} streams, {at_once} at a time; tokens lost {lost}, doubled {doubled},"
+        " changed {changed}; worst gap {worst_gap_s:.2f} s; refused at the door {refusals}, unexpected exits {exits},"
+        " errors {errors}"
+    ).format(**row)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

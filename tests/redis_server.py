@@ -60,6 +60,11 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def send_signal(self, number: int) -> None:
+        """To the running server."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
             probe.settimeout(1)

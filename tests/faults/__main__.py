@@ -1,6 +1,6 @@
 """`python -m tests.faults`: real processes, real faults, one line a fault; exit code 1 if a token went wrong.
 
-Each fault has a gateway, two workers and a Redis (AOF everysec) of its own. Clients stream the same eight requests
+Each fault has a gateway, two workers and a Redis (AOF, fsync always) of its own. Clients stream the same eight requests
 (greedy and sampled) over and over; every token is compared with what it is without faults.
 """
 
@@ -55,7 +55,7 @@ def _line(row: dict[str, Any]) -> str:
         "{fault} {what}: {runs} runs, {streams:,} streams, {at_once} at a time; tokens lost {lost}, doubled {doubled},"
         " changed {changed}; worst gap {worst_gap_s:.2f} s; refused at the door {refusals}, unexpected exits {exits},"
         " errors {errors}"
-    ).format(**row)
+    ).format(**(row | {"errors": dict(row["errors"]) or "none"}))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,9 @@ class Scene:
     def new_worker(self) -> Server:
         return self._stack.enter_context(serve(self._store, "worker", **self._settings()))
 
-    def pids(self) -> set[int]:
-        return {server.process.pid for server in (self.gateway, *self.workers) if server.process.poll() is None}
+    def ended(self) -> int:
+        """Processes that are not there though they should be."""
+        return sum(server.process.poll() is not None for server in (self.gateway, *self.workers))
 
     def _settings(self) -> dict[str, str]:
         return {"redis_url": self.redis.url, "lease_s": str(LEASE_S), "threads": "1", "log_level": "warning"}
@@ -81,16 +82,46 @@ async def freeze_worker(scene: Scene, chance: random.Random) -> None:
 
 
 async def kill_redis(scene: Scene, chance: random.Random) -> None:
-    """SIGKILL with AOF everysec, back after a moment: the kernel has what the process wrote."""
+    """SIGKILL, back after a moment. Its AOF is written always: what a call has answered is on the disk."""
     await asyncio.to_thread(scene.redis.stop, signal.SIGKILL)
     await asyncio.sleep(chance.uniform(0.2, 2))
     await asyncio.to_thread(scene.redis.start)
 
 
+async def kill_all_workers(scene: Scene, chance: random.Random) -> None:
+    """Nobody works for a few seconds; then as many as before."""
+    for worker in scene.workers:
+        worker.process.send_signal(signal.SIGKILL)
+    await asyncio.sleep(chance.uniform(1, 5))
+    scene.workers = [await asyncio.to_thread(scene.new_worker) for _ in scene.workers]
+
+
+async def freeze_redis(scene: Scene, chance: random.Random) -> None:
+    """SIGSTOP: connections stand, nothing answers; shorter and longer than the time limit of a call."""
+    scene.redis.send_signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(chance.uniform(1, 10))
+    finally:
+        scene.redis.send_signal(signal.SIGCONT)
+
+
+async def replace_worker(scene: Scene, chance: random.Random) -> None:
+    """A rolling update: a new worker comes, SIGTERM ends an old one."""
+    new = await asyncio.to_thread(scene.new_worker)
+    victim = chance.randrange(len(scene.workers))
+    old, scene.workers[victim] = scene.workers[victim], new
+    old.process.send_signal(signal.SIGTERM)
+    code = await asyncio.to_thread(old.process.wait, 60)
+    assert code == 0, "".join(old.output)
+
+
 FAULTS: Mapping[str, tuple[str, Callable[[Scene, random.Random], Awaitable[None]]]] = {
     "F1": ("a worker is killed", kill_worker),
     "F2": ("a worker stands still for three leases", freeze_worker),
+    "F4": ("all workers are killed and come back", kill_all_workers),
     "F7": ("Redis is killed and comes back", kill_redis),
+    "F8": ("Redis stands still", freeze_redis),
+    "F13": ("workers are replaced, one by one", replace_worker),
 }
 
 
@@ -128,15 +159,13 @@ async def run_fault(
     chance, tally, over = random.Random(seed), Tally(), asyncio.Event()
     expected = await asyncio.to_thread(_without_faults, scene.gateway.address)
     clients = [asyncio.create_task(_client(scene.gateway.address, n, expected, tally, over)) for n in range(streams)]
-    alive = scene.pids()
     for number in range(runs):
         await asyncio.sleep(chance.uniform(0.5, 2.0))
         await FAULTS[name][1](scene, chance)
+        tally.exits += scene.ended()
         progress(number + 1)
     over.set()
     await asyncio.gather(*clients)
-    if name != "F1":
-        tally.exits = len(alive - scene.pids())
     return tally
 
 

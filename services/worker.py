@@ -155,7 +155,8 @@ class Worker:
                 await self._queue_is_away(error)
                 continue
             if self._draining:  # the call was waiting when the drain began
-                await self._queue.release([(lease.request.request_id, lease.epoch) for lease in leases])
+                with contextlib.suppress(Unavailable):  # they lapse
+                    await self._queue.release([(lease.request.request_id, lease.epoch) for lease in leases])
                 continue
             self._was_away = False
             for lease in leases:

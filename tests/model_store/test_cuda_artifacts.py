@@ -60,21 +60,23 @@ def test_an_artifact_computes_what_transformers_computed(tmp_path: Path, name: s
     assert parity.mean_relative_error > LEAST[scheme]
 
 
-@pytest.mark.parametrize("scheme", TARGETS["cuda"])
-def test_a_wider_model_is_within_each_schemes_own_bound(tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "scheme"), [(target, scheme) for target in ("cuda", "tensorrt") for scheme in TARGETS[target]]
+)
+def test_a_wider_model_is_within_each_schemes_own_bound(tmp_path: Path, target: str, scheme: str) -> None:
     spec = write_checkpoint(tmp_path / "source", {**SHAPES["tiny"], **WIDE}, seed=7)
     manifest = import_model(
         tmp_path / "source",
         Store(tmp_path / "store"),
         "lake",
         scheme=scheme,
-        target="cuda",
+        target=target,
         candidate_factory=open_cuda_session,
         progress=quiet,
         calibration_ids=some_text(spec.vocab_size),
     )
     assert manifest.parity is not None
-    print(f"{scheme}: {manifest.parity.max_relative_error:.2e}, bound {manifest.parity.bound:g}")
+    print(f"{target} {scheme}: {manifest.parity.max_relative_error:.2e}, bound {manifest.parity.bound:g}")
     if scheme == "bf16":
         assert manifest.parity.max_relative_error < 1e-2
 

@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from bench.random_model import SHAPES, write_checkpoint
 from model_store.calibration import calibrate
 from model_store.checkpoint import open_checkpoint
-from model_store.importing import import_model
 from model_store.parity import relative_errors
 from model_store.reference import reference_logits
 from model_store.store import Store
@@ -33,7 +31,7 @@ from model_store.tensorrt_packing import fp8_packing, int4_packing, int8_packing
 from model_store.tensorrt_seams import KEPT_OPERATORS, engine_inputs
 from tests.model_store import cuda_session
 from tests.model_store.checkpoints import CASES, Case, load_reference, prompts
-from tests.model_store.cuda_session import CudaSession, open_cuda_session, quiet, some_text
+from tests.model_store.cuda_session import CudaSession, some_text
 from tests.model_store.test_operator_schemas import check_graph
 from wire.errors import BadRequest
 
@@ -96,23 +94,6 @@ def test_an_artifact_computes_what_transformers_computed(tmp_path: Path, scheme:
         logits = session.batch(prompts(session.manifest.geometry.vocab_size))
     for theirs, ours in zip(stored.logits, logits, strict=True):
         assert relative_errors(theirs, ours[-len(theirs) :]).max() < BOUNDS[scheme]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_wider_model_is_within_each_schemes_own_bound(tmp_path: Path, scheme: str) -> None:
-    spec = write_checkpoint(tmp_path / "source", {**SHAPES["tiny"], **WIDE}, seed=7)
-    manifest = import_model(
-        tmp_path / "source",
-        Store(tmp_path / "store"),
-        "lake",
-        scheme=scheme,
-        target="tensorrt",
-        candidate_factory=open_cuda_session,
-        progress=quiet,
-        calibration_ids=some_text(spec.vocab_size),
-    )
-    assert manifest.parity is not None
-    print(f"{scheme}: {manifest.parity.max_relative_error:.2e}, bound {manifest.parity.bound:g}")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

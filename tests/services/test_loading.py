@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ import pytest
 from batcher.backend import BackendError
 from model_store.targets import TARGETS
 from services import loading
+from services.cli import main
 from services.loading import StoredModel, artifact_logits, describe, open_backend
 from services.machine import inspect_machine
 from services.settings import Settings
@@ -24,6 +26,17 @@ def of_target(model: StoredModel, target: str) -> StoredModel:
 
 def test_every_target_has_a_way_to_open_and_to_prove() -> None:
     assert set(loading._OPENERS) == set(loading._PROVERS) == set(TARGETS)
+
+
+def test_the_command_line_names_every_target_and_scheme(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes them out, because the table brings onnx with it, which servers do without."""
+    monkeypatch.setenv("COLUMNS", "500")  # no word is broken
+    with pytest.raises(SystemExit):
+        main(["models", "import", "--help"])
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert words >= set(TARGETS) | {scheme for choices in TARGETS.values() for scheme in choices}
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this machine may have a GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,6 +15,7 @@ from batcher.engine import Engine
 from services.backends.scripted import ScriptedBackend
 from services.queues.memory import MemoryQueue
 from services.worker import Worker
+from wire.errors import Unavailable
 from wire.messages import Event, Failed, Finished, Generate, SamplingParams, Tokens
 
 LIMITS = BackendLimits(
@@ -180,6 +181,34 @@ async def test_draining_finishes_what_runs_and_leaves_the_rest_to_others() -> No
     async with running(make_worker(queue, "next")):
         assert (await read(queue, "later"))[0] == alone(generate("later", 20))
     await queue.close()
+
+
+class AwayQueue(MemoryQueue):
+    """A queue that can be told not to answer what hands requests back."""
+
+    is_away = False
+
+    async def release(self, leases: Sequence[tuple[str, int]]) -> None:
+        if self.is_away:
+            raise Unavailable("away")
+        await super().release(leases)
+
+
+async def test_a_queue_that_goes_away_during_the_drain_does_not_end_what_runs() -> None:
+    """A request comes after the drain has begun and cannot be handed back: its lease lapses, the other finishes."""
+    queue = AwayQueue()
+    worker = make_worker(queue, step_s=0.02)
+    request = generate("running", 40)
+    await queue.submit(request)
+    async with running(worker) as task, asyncio.timeout(20):
+        await asyncio.sleep(0.1)
+        draining = asyncio.create_task(worker.drain(10))
+        await asyncio.sleep(0)
+        queue.is_away = True
+        await queue.submit(generate("late"))
+        assert (await read(queue, "running"))[0] == alone(request)
+        await draining
+        await task
 
 
 async def test_draining_hands_back_what_does_not_finish_in_time() -> None:

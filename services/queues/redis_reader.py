@@ -80,6 +80,7 @@ class Reader:
         self._request_id = request_id
         self._start = start
         self._follower: Follower | None = None
+        self._has_looked = False  # from then on the request is known to exist, and the reader waits for Redis
         self._has_ended = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -111,20 +112,22 @@ class Reader:
             if event is not None:
                 return event
             self._source.check_open()
-            await follower.sleep()
+            if not follower.must_look:
+                await follower.sleep()
 
     async def _look(self, follower: Follower) -> None:
         """Read the log; while Redis is away, wait until it can be read."""
         self._source.check_open()
-        is_first = follower.next_index == self._start
+        follower.must_look = False  # now: news that overtake the answer and find a gap must have it looked at again
         try:
             start = follower.next_index
             tokens, terminal = await self._source.follow(self._request_id, start)
         except Unavailable:
+            follower.must_look = True
             self._source.check_open()
-            if is_first:
+            if not self._has_looked:
                 raise
             await asyncio.sleep(0.1)
             return
-        follower.must_look = False
+        self._has_looked = True
         follower.hear(start, tokens, terminal)

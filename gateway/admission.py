@@ -11,8 +11,10 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
+from gateway.caller import Caller
 from gateway.limits import GatewayLimits
 from gateway.models import Models, ServedModel
 from gateway.prompts import Prompts, check_ids
@@ -25,11 +27,10 @@ SEED_BITS: Final = 53  # a drawn seed is an exact number in every JSON reader
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request for the queue, and what only the gateway needs to know about it."""
+    """A request for the queue, and what this gateway knows about it."""
 
     request: Generate
     model: ServedModel
-    stop: tuple[str, ...]
     arrived_at: float  # time.perf_counter()
 
 
@@ -41,8 +42,11 @@ class Admission:
         self._prompts = prompts
         self._limits = limits
 
-    async def admit(self, body: GenerateBody) -> Admitted:
-        """Raises UnknownModel, BadRequest or ContextLengthExceeded."""
+    async def admit(self, body: GenerateBody, caller: Caller, key: str | None = None) -> Admitted:
+        """Raises UnknownModel, BadRequest or ContextLengthExceeded.
+
+        `key`: the caller's Idempotency-Key. Nothing is drawn then: id and seed follow from it.
+        """
         arrived_at = time.perf_counter()
         model = self._models.resolve(body.model)
         self._check_stops(body, model)
@@ -50,8 +54,9 @@ class Admission:
         max_tokens = self._max_tokens(body, len(prompt_ids), model)
         if body.min_tokens > max_tokens:
             raise BadRequest(f"min_tokens is {body.min_tokens}; max_tokens is {max_tokens}", param="min_tokens")
+        drawn = secrets.token_bytes(24) if key is None else _digest(caller, key)
         request = Generate(
-            request_id=f"gen-{secrets.token_hex(16)}",  # unguessable: who has it may read and cancel
+            request_id=f"gen-{drawn[:16].hex()}",  # unguessable: who has it may read and cancel
             model=model.model_id,
             prompt_ids=prompt_ids,
             max_tokens=max_tokens,
@@ -60,14 +65,18 @@ class Admission:
                 top_k=body.top_k,
                 top_p=body.top_p,
                 min_p=body.min_p,
-                seed=secrets.randbits(SEED_BITS) if body.seed is None else body.seed,
+                seed=int.from_bytes(drawn[16:]) >> (64 - SEED_BITS) if body.seed is None else body.seed,
             ),
             stop_token_ids=_stop_token_ids(body, model),
             min_tokens=body.min_tokens,
+            tenant=caller.tenant,
             priority=body.priority,
             deadline_ms=body.deadline_ms,
+            weight=caller.weight,
+            stop=body.stop,
+            background=body.background,
         )
-        return Admitted(request, model, tuple(body.stop), arrived_at)
+        return Admitted(request, model, arrived_at)
 
     def _check_stops(self, body: GenerateBody, model: ServedModel) -> None:
         limits = self._limits
@@ -98,6 +107,11 @@ class Admission:
                 param=None if body.max_tokens is None else "max_tokens",
             )
         return wanted
+
+
+def _digest(caller: Caller, key: str) -> bytes:
+    """24 bytes that are the same for the same key of the same tenant, on every gateway."""
+    return sha256(b"idempotency\0" + caller.tenant.encode() + b"\0" + key.encode()).digest()[:24]
 
 
 def _stop_token_ids(body: GenerateBody, model: ServedModel) -> list[int]:

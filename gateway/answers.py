@@ -54,13 +54,14 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class RequestState(msgspec.Struct, frozen=True):
-    """GET /requests/{id}: as this gateway last saw it."""
+    """GET /requests/{id}: as the queue knows it."""
 
     id: str
     model: str
     status: str  # "queued", "running", "finished" or "failed"
     completion_tokens: int
     finish_reason: str | None  # an error's code if it failed
+    answer: Answer | None  # once it has finished
 
 
 class Cancelled(msgspec.Struct, frozen=True):

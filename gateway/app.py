@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from gateway.admission import Admission
 from gateway.edge import Edge
 from gateway.generate import add_generate_routes
+from gateway.keys import KeyRing
 from gateway.ledger import Ledger
 from gateway.limits import GatewayLimits
 from gateway.models import Models
@@ -34,11 +35,12 @@ def create_app(
     limits: GatewayLimits | None = None,
     health: Callable[[], Health],
     telemetry: Telemetry | None = None,
+    keys: KeyRing | None = None,
     version: str = "unknown",
 ) -> FastAPI:
-    """A gateway over `queue` for `models`. The caller owns the queue: it is not closed here.
+    """A gateway over `queue` for `models`. The caller owns the queue: it is not closed here. No `keys`: open to all.
 
-    When the application shuts down, requests that still run for its clients are cancelled.
+    When the application shuts down, what runs for its clients runs on: they may come back to another gateway.
     """
     limits = limits or GatewayLimits()
     telemetry = telemetry or NoTelemetry()
@@ -50,7 +52,7 @@ def create_app(
         health=health,
         prompts=prompts,
         admission=Admission(models, prompts, limits),
-        ledger=Ledger(queue, limits, telemetry),
+        ledger=Ledger(queue, models, telemetry),
     )
 
     @asynccontextmanager
@@ -66,11 +68,11 @@ def create_app(
     add_probe_routes(app, health, models, version)
     for error in (MillraceError, RequestValidationError, HTTPException):
         app.add_exception_handler(error, exception_handler(telemetry))
-    app.add_middleware(Edge, limits=limits, telemetry=telemetry)
+    app.add_middleware(Edge, limits=limits, telemetry=telemetry, keys=keys)
 
     def openapi() -> Json:
         if app.openapi_schema is None:
-            app.openapi_schema = describe(app)
+            app.openapi_schema = describe(app, needs_key=keys is not None)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way

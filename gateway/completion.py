@@ -28,8 +28,8 @@ class Completion:
 
     def __init__(self, ticket: Ticket, start: int) -> None:
         self._detokenizer = ticket.model.tokenizer.detokenizer()
-        self._stop = StopMatcher(ticket.stop) if ticket.stop else None
-        self._min_tokens = ticket.min_tokens
+        self._stop = StopMatcher(ticket.facts.stop) if ticket.facts.stop else None
+        self._min_tokens = ticket.facts.min_tokens
         self._start = start
         self.next_index = 0
         self.stopped = False  # a stop string was found at token next_index - 1
@@ -116,7 +116,7 @@ async def _last_word(events: AsyncIterator[Event]) -> Finished | None:
 
 def _end(ledger: Ledger, ticket: Ticket, completion: Completion, last: Finished | None, reason: FinishReason) -> End:
     usage = Usage(
-        prompt_tokens=ticket.prompt_tokens,
+        prompt_tokens=ticket.facts.prompt_tokens,
         completion_tokens=completion.next_index,
         cached_tokens=last.usage.cached_tokens if last else 0,
     )
@@ -135,7 +135,7 @@ def _end(ledger: Ledger, ticket: Ticket, completion: Completion, last: Finished 
             ttft_ms=None if ticket.ttft_s is None else round(ticket.ttft_s * 1e3, 3),
             total_ms=round((time.perf_counter() - ticket.arrived_at) * 1e3, 3),
         ),
-        seed=ticket.seed,
+        seed=ticket.facts.seed,
     )
 
 

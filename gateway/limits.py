@@ -26,8 +26,6 @@ class GatewayLimits:
     keep_alive_s: float = 15.0  # silence on a stream before a comment is sent
     cancel_grace_s: float = 2.0  # a stream without a reader runs on this long; 0 = not at all
     max_stall_s: float = 30.0  # a reader that takes nothing for this long is cut
-    remembered_requests: int = 16_384  # ended requests that can still be read again
-    remember_s: float = 600.0  # how long they can
     ws_max_frame_bytes: int = 1 << 20
     ws_max_requests: int = 64  # running at once on one socket
     ws_max_bad_frames: int = 16  # then the socket is closed with 1008

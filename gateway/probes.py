@@ -5,7 +5,7 @@ Liveness and readiness are facts of the whole process, so the composition root a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -31,8 +31,8 @@ class Health:
     reason: str = ""
 
 
-def json_response(answer: msgspec.Struct, status_code: int = 200) -> Response:
-    return Response(msgspec.json.encode(answer), status_code=status_code, media_type="application/json")
+def json_response(answer: msgspec.Struct, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(answer), status_code, headers, "application/json")
 
 
 def add_probe_routes(app: FastAPI, health: Callable[[], Health], models: Models, version: str) -> None:

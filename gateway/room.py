@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.admission import Admission
+from gateway.caller import Caller
 from gateway.ledger import Ledger, Ticket
 from gateway.limits import GatewayLimits
 from gateway.models import Models
@@ -13,7 +14,7 @@ from gateway.probes import Health
 from gateway.prompts import Prompts
 from gateway.schemas import GenerateBody
 from gateway.telemetry import Telemetry
-from wire.errors import Unavailable
+from wire.errors import Conflict, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,20 @@ class Room:
     admission: Admission
     ledger: Ledger
 
-    async def take_in(self, body: GenerateBody) -> Ticket:
-        """From a valid body to a request in the queue: the same for HTTP and sockets. Raises any MillraceError."""
+    async def take_in(self, body: GenerateBody, caller: Caller, key: str | None = None) -> Ticket:
+        """From a valid body to a request in the queue: the same for HTTP and sockets. Raises any MillraceError.
+
+        `key`: an Idempotency-Key; a request that has it already is attached to, if its body is the same.
+        """
         health = self.health()
         if health.is_draining:
             raise Unavailable(health.reason or "this server is draining; another one will answer")
-        return await self.ledger.submit(await self.admission.admit(body))
+        admitted = await self.admission.admit(body, caller, key)
+        try:
+            return await self.ledger.submit(admitted)
+        except Conflict as conflict:
+            words = "this Idempotency-Key came with another request before"
+            raise Conflict(words, param="Idempotency-Key") from conflict
 
     async def close(self) -> None:
         await self.ledger.close()

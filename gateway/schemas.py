@@ -43,7 +43,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "repetition_penalty": (1, 1.0),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
-    "background": (False,),
 }
 
 
@@ -87,6 +86,10 @@ class GenerateBody(PromptBody):
     priority: int = Field(0, ge=-1, le=1, description="1 is first.")
     deadline_ms: int | None = Field(None, ge=1, le=86_400_000, description="From now.")
     stream: bool = Field(False, description="Server-sent events instead of one answer.")
+    background: bool = Field(
+        False,
+        description="Runs on when nobody reads. Without `stream`: 202 at once, and GET /requests/{id} has the answer.",
+    )
 
 
 class TokenizeBody(PromptBody):

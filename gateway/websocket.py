@@ -20,6 +20,7 @@ from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from gateway.answers import AcceptedFrame, Chunk, DoneFrame, End, ErrorFrame, TokensFrame
+from gateway.caller import caller_of
 from gateway.completion import follow
 from gateway.connection import ClientGone, Outlet, watch_reader, while_present
 from gateway.json_body import decode_object
@@ -56,6 +57,7 @@ class Conversation:
         self._socket = socket
         self._outlet = Outlet(socket.send)
         self._request_id: str = socket.scope[REQUEST_ID]
+        self._caller = caller_of(socket.scope)
         self._tickets: dict[str, Ticket] = {}  # running, by the client's id
         self._tasks: set[asyncio.Task[None]] = set()
         self._bad_frames = 0
@@ -137,7 +139,7 @@ class Conversation:
         del members["id"]
         if members.get("stream") is False:
             raise BadRequest("a socket always streams: stream cannot be false here", param="stream")
-        ticket = await self._room.take_in(parse(GenerateBody, members))
+        ticket = await self._room.take_in(parse(GenerateBody, members), self._caller)
         self._start(frame_id, ticket, start=0)
 
     async def _cancel(self, frame_id: str, members: dict[str, object]) -> None:
@@ -150,7 +152,9 @@ class Conversation:
     async def _resume(self, frame_id: str, members: dict[str, object]) -> None:
         frame = parse(ResumeFrame, members)
         self._check_free(frame_id)
-        self._start(frame_id, self._room.ledger.find(frame.id), frame.from_)
+        ticket = await self._room.ledger.find(frame.id, self._caller)
+        self._check_free(frame_id)  # again: another frame may have been answered meanwhile
+        self._start(frame_id, ticket, frame.from_)
 
     def _check_free(self, frame_id: str) -> None:
         if frame_id in self._tickets:
@@ -177,7 +181,7 @@ class Conversation:
         ledger = self._room.ledger
         try:
             with ledger.reading(ticket, self._room.limits.cancel_grace_s):
-                await self._send(AcceptedFrame(frame_id, ticket.id, ticket.model.model_id, ticket.seed))
+                await self._send(AcceptedFrame(frame_id, ticket.id, ticket.model.model_id, ticket.facts.seed))
                 async with aclosing(follow(ledger, ticket, start)) as parts:
                     async for part in parts:
                         if isinstance(part, Chunk):

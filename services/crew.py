@@ -35,6 +35,10 @@ class Crew:
     def is_ready(self) -> bool:
         return all(worker.is_ready for worker in self._workers)
 
+    async def announce(self) -> None:
+        """Make the queue know of all, so that who reads our address may ask at once."""
+        await asyncio.gather(*(worker.report() for worker in self._workers))
+
     async def work(self, draining: asyncio.Event, serving: asyncio.Task[None]) -> int:
         """Until `draining` is set, the server ends or a backend is lost; then drain. Exit code 1 if one was lost."""
         running = [asyncio.create_task(each.run(), name=f"worker-{each.model_id}") for each in self._workers]
@@ -54,4 +58,5 @@ def _open(settings: Settings, model: StoredModel, queue: Queue, name: str) -> Wo
     backend = open_backend(settings, model)
     warm_up(backend)
     engine = open_engine(settings, backend)
-    return Worker(name, model.manifest.model_id, engine, backend.limits, queue, lease_s=settings.lease_s)
+    model_id = model.manifest.model_id
+    return Worker(f"{name}/{model_id}", model_id, engine, backend.limits, queue, lease_s=settings.lease_s)

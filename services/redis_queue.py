@@ -13,7 +13,8 @@ CALL_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 PING_EVERY_S = 5
 MAX_DELIVERIES = 3
-LOG_TTL_MS = 300_000
+WORKER_TTL_MS = 30_000  # long enough for the only worker to be replaced
+ORPHAN_MS = 30_000  # clients of a gateway that has died have this long to come to another
 MAX_OVERTAKES = 64
 
 
@@ -23,8 +24,13 @@ async def open_queue(settings: Settings) -> RedisQueue:
         lease_ms=int(settings.lease_s * 1000),
         max_deliveries=MAX_DELIVERIES,
         max_queued_tokens=settings.max_queued_tokens,
-        log_ttl_ms=LOG_TTL_MS,
+        max_tenant_tokens=settings.max_tenant_tokens or settings.max_queued_tokens,
+        log_ttl_ms=int(settings.log_ttl_s * 1000),
+        background_ttl_ms=int(settings.background_ttl_s * 1000),
         max_overtakes=MAX_OVERTAKES,
+        worker_ttl_ms=WORKER_TTL_MS,
+        orphan_ms=ORPHAN_MS,
+        refuses_unserved=settings.unserved == "refuse",
     )
     try:
         calls = Redis.from_url(

@@ -45,6 +45,11 @@ class Settings:
     models: Annotated[str, About("models to serve, comma separated: name or name@revision")] = "millpond"
     host: Annotated[str, About("address the gateway listens on")] = "127.0.0.1"
     port: Annotated[int, About("port of the gateway, or of a worker's probes", 0, 65535)] = 8000
+    keys_file: Annotated[str, About("file of API keys that `millrace keys` writes; empty = no keys are asked for")] = ""
+    open_access: Annotated[
+        str,
+        About("without keys_file, may the gateway listen where others than this machine reach it", choices=("no", "yes")),
+    ] = "no"
     redis_url: Annotated[str, About("where `gateway` and `worker` meet: redis://, rediss:// or unix://")] = (
         "redis://127.0.0.1:6379/0"
     )
@@ -69,6 +74,16 @@ class Settings:
     max_queued_tokens: Annotated[int, About("most tokens (prompt + max_tokens) that may wait or run", 1, 2**40)] = (
         4_000_000
     )
+    max_tenant_tokens: Annotated[int, About("the same, of one tenant; 0 = as max_queued_tokens", 0, 2**40)] = 0
+    unserved: Annotated[
+        str,
+        About(
+            "when no worker serves a model, its requests: refuse, or let wait until their deadline",
+            choices=("refuse", "wait"),
+        ),
+    ] = "refuse"
+    log_ttl_s: Annotated[float, About("an answer can be read again for this long after its end", 1, 2_592_000)] = 300.0
+    background_ttl_s: Annotated[float, About("the same, of a background request", 1, 2_592_000)] = 3600.0
     max_body_bytes: Annotated[int, About("largest HTTP body or WebSocket frame", 1024, 2**30)] = 1_048_576
     lease_s: Annotated[float, About("a worker that is silent for this long loses its requests", 0.1, 3600)] = 6.0
     cancel_grace_s: Annotated[float, About("a client that leaves may come back within this time", 0, 3600)] = 2.0

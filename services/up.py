@@ -23,6 +23,7 @@ from services.serving import (
     begin,
     expose_metrics,
     gateway_limits,
+    keys_of,
     on_signals,
     run_loop,
     say_where,
@@ -38,7 +39,14 @@ def up(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:
-    queue = MemoryQueue(lease_ms=int(settings.lease_s * 1000), max_queued_tokens=settings.max_queued_tokens)
+    keys = keys_of(settings, listener)
+    queue = MemoryQueue(
+        lease_ms=int(settings.lease_s * 1000),
+        max_queued_tokens=settings.max_queued_tokens,
+        max_tenant_tokens=settings.max_tenant_tokens,
+        log_ttl_ms=int(settings.log_ttl_s * 1000),
+        background_ttl_ms=int(settings.background_ttl_s * 1000),
+    )
     registry = CollectorRegistry()
     crew = Crew(settings, models, queue, "embedded", registry)
     draining = asyncio.Event()
@@ -54,13 +62,19 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
     limits = gateway_limits(settings)
     served = Models.load([model.directory for model in models], limits)
     app = create_app(
-        queue, served, limits=limits, health=health, telemetry=GatewayMetrics(registry), version=package_version()
+        queue,
+        served,
+        limits=limits,
+        health=health,
+        telemetry=GatewayMetrics(registry),
+        keys=keys,
+        version=package_version(),
     )
     expose_metrics(settings, app, registry)
     server = Server(uvicorn_config(settings, app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
-    say_where(listener, [model.manifest.model_id for model in models])
+    say_where(listener, [model.manifest.model_id for model in models], needs_key=keys is not None)
     # Workers first, so that their last tokens still reach clients; then the queue, which ends all readers; then the
     # sockets.
     code = await crew.work(draining, serving)

@@ -24,7 +24,7 @@ from batcher.backend import BackendError, BackendLimits
 from batcher.engine import Engine
 from services.telemetry import EngineSource
 from wire.errors import Unavailable
-from wire.messages import Failed, Finished, Generate
+from wire.messages import Failed, Finished, Generate, WorkerReport
 from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ OVERCOMMIT = 2.0
 HUNG_AFTER_S = 30.0
 # Renewals also carry cancellations to requests that emit nothing yet (a long prefill), so they are not rare.
 RENEW_AT_MOST_S = 0.5
+REPORT_S = 2.0
 AWAY_RETRY_S = 0.2
 
 
@@ -45,6 +46,7 @@ class _Owned:
 
     request: Generate
     epoch: int
+    is_suspect: bool
 
 
 class Worker:
@@ -103,7 +105,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         thread = threading.Thread(target=self._run_engine, args=(loop,), name=f"engine-{self.model_id}", daemon=True)
         thread.start()
-        tasks = [asyncio.create_task(each()) for each in (self._lease_loop, self._publish_loop, self._renew_loop)]
+        loops = (self._lease_loop, self._publish_loop, self._renew_loop, self._report_loop)
+        tasks = [asyncio.create_task(each()) for each in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -125,12 +128,14 @@ class Worker:
         """Take nothing new, let what runs finish for `timeout_s`, then stop; what is left is handed back by `run`."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
+        goodbye = asyncio.create_task(self.report())  # not awaited: the queue may be away
         while self._owned and time.monotonic() < deadline and self._fatal is None:
             self._work_changed.clear()
             try:
                 await asyncio.wait_for(self._work_changed.wait(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 break
+        goodbye.cancel()
         self.stop()
 
     def stop(self) -> None:
@@ -172,11 +177,12 @@ class Worker:
             max_requests=2 * limits.max_batch_seqs - len(self._owned),
             max_tokens=int(OVERCOMMIT * capacity) - taken,
             capacity_tokens=capacity,
+            takes_suspect=not any(owned.is_suspect for owned in self._owned.values()),
         )
 
     def _accept(self, lease: Lease) -> None:
         request = lease.request
-        self._owned[request.request_id] = _Owned(request, lease.epoch)
+        self._owned[request.request_id] = _Owned(request, lease.epoch, lease.is_suspect)
         self._command(partial(self._engine.add, request, lease.token_ids, lease.epoch))
 
     def _command(self, command: Callable[[], object]) -> None:
@@ -245,6 +251,26 @@ class Worker:
                 with contextlib.suppress(Unavailable):  # the next time, or the lease lapses
                     for refusal in await self._queue.renew(leases):
                         self._refused(refusal)
+
+    async def _report_loop(self) -> None:
+        while not self._stopping:
+            if self.is_alive:  # a hung engine is not there
+                await self.report()
+            await asyncio.sleep(REPORT_S)
+
+    async def report(self) -> None:
+        """Be known to the queue; if it is away, the next time."""
+        load = self.load
+        report = WorkerReport(
+            worker_id=self._worker_id,
+            models=[self.model_id],
+            capacity_tokens=load.capacity_tokens,
+            free_tokens=load.free_tokens,
+            running_requests=len(self._owned),
+            is_draining=self._draining,
+        )
+        with contextlib.suppress(Unavailable):
+            await self._queue.report(report)
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ async def _work(settings: Settings, models: Sequence[StoredModel], listener: soc
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
     served = ", ".join(model.manifest.model_id for model in models)
+    await crew.announce()
     print(f"Millrace worker {name} runs {served}; probes at {address_of(listener)}", flush=True)
     code = await crew.work(draining, serving)
     server.should_exit = True

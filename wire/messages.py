@@ -25,6 +25,8 @@ Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Milliseconds = Annotated[float, Meta(ge=0.0)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # msgspec takes bounds within int64 only
 FinishReason = Literal["stop", "length", "cancelled"]
+Weight = Annotated[int, Meta(ge=1, le=64)]
+StopStrings = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=1024)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,15 +53,56 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gen
     # The model's end tokens and the caller's; the one that ends a request is not sent.
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
     min_tokens: Count = 0  # stop tokens do not end the request before this many
-    tenant: Annotated[str, Meta(max_length=128)] = ""  # salts the prefix cache
+    tenant: Annotated[str, Meta(max_length=128)] = ""  # salts the prefix cache; who shares fairly with the others
     priority: Annotated[int, Meta(ge=-1, le=1)] = 0  # 1 = first
     # Counts from acceptance, on the queue's clock: no other clock matters, and a request sent again stays equal.
     deadline_ms: Annotated[int, Meta(ge=1, le=2_592_000_000)] | None = None
+    weight: Weight = 1  # the tenant's share among those who wait
+    # Not for workers: what a gateway must know that takes over the stream.
+    stop: StopStrings = []
+    background: bool = False  # runs on when nobody reads
 
     @property
     def max_total_tokens(self) -> int:
         """The longest this sequence can get: what admission must be able to hold."""
         return len(self.prompt_ids) + self.max_tokens
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What any gateway must know of a request to carry on its stream; the queue keeps it as long as the log."""
+
+    model: str
+    prompt_tokens: Count
+    max_tokens: Count
+    min_tokens: Count
+    seed: Seed
+    stop: StopStrings
+    tenant: str
+    background: bool
+
+    @classmethod
+    def of(cls, request: Generate) -> Facts:
+        return cls(
+            model=request.model,
+            prompt_tokens=len(request.prompt_ids),
+            max_tokens=request.max_tokens,
+            min_tokens=request.min_tokens,
+            seed=request.sampling.seed,
+            stop=request.stop,
+            tenant=request.tenant,
+            background=request.background,
+        )
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """What a worker says of itself, every few seconds while its engine makes progress."""
+
+    worker_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    models: Annotated[list[str], Meta(max_length=1024)]
+    capacity_tokens: Count  # what its KV pool holds
+    free_tokens: Count
+    running_requests: Count
+    is_draining: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -110,10 +153,12 @@ Terminal = (Finished, Failed)
 
 _encoder = msgspec.msgpack.Encoder()
 _generate_decoder = msgspec.msgpack.Decoder(Generate)
+_facts_decoder = msgspec.msgpack.Decoder(Facts)
+_report_decoder = msgspec.msgpack.Decoder(WorkerReport)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
-def encode(message: Generate | Event) -> bytes:
+def encode(message: Generate | Event | Facts | WorkerReport) -> bytes:
     """One message as msgpack bytes. Raises TypeError, ValueError or OverflowError for what msgpack cannot hold."""
     return _encoder.encode(message)
 
@@ -132,6 +177,16 @@ def decode_event(raw: bytes) -> Event:
         return _event_decoder.decode(raw)
     except (UnicodeDecodeError, RecursionError) as error:
         raise msgspec.DecodeError(str(error)) from error
+
+
+def decode_facts(raw: bytes) -> Facts:
+    """The facts in `raw`, as a queue has kept them. Raises msgspec.DecodeError on anything else."""
+    return _facts_decoder.decode(raw)
+
+
+def decode_report(raw: bytes) -> WorkerReport:
+    """The report in `raw`. Raises msgspec.DecodeError on anything that is not one."""
+    return _report_decoder.decode(raw)
 
 
 def fingerprint(request: Generate) -> bytes:

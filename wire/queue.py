@@ -11,8 +11,13 @@ an owner that was merely late has its lease back with its next append or renewal
 `max_deliveries` lapses, the request ends as Failed(worker_lost). A request that passes its deadline, waiting or
 running, ends as Failed(deadline_exceeded).
 
-A call whose reply was lost may be repeated: what has been done already is recognised and not done twice (a lost `lease`
-is not: what it handed out lapses). An epoch is never given out twice, not even to a later request of the same id.
+A call whose reply was lost may be repeated: what has been done already is recognised and not done twice. An epoch is
+never given out twice, not even to a later request of the same id.
+
+Order: priority 1 first; within a priority tenants share by weight, in tokens (start-time fair queueing: Goyal, Vin and
+Cheng, 1996); within a tenant oldest first. A request that may be handed out only once more is a *suspect*: its workers
+died, perhaps of it. A worker holds one suspect at a time, so what kills a worker for the last time takes no other
+suspect with it.
 """
 
 from __future__ import annotations
@@ -22,12 +27,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from wire.messages import Event, Generate
+from wire.messages import Event, Facts, Failed, Finished, Generate, WorkerReport
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseBudget:
-    """What a worker can take now; `lease` returns only requests that fit: priority 1 first, then oldest first.
+    """What a worker can take now; `lease` returns only requests that fit, in the queue's order.
 
     A request that fits into capacity_tokens but not into max_tokens now may be overtaken by younger ones that fit, a
     bounded number of times; then it blocks the line for this worker until it fits. So an idle worker's max_tokens must
@@ -41,6 +46,7 @@ class LeaseBudget:
     # A request larger than this can never fit: it is handed out all the same, to be refused in words. It takes one of
     # max_requests and nothing of max_tokens.
     capacity_tokens: int
+    takes_suspect: bool = True  # False: the worker holds one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class Lease:
     epoch: int
     token_ids: tuple[int, ...]
     delivery: int  # 1 = first
+    is_suspect: bool = False  # there is no further delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +95,46 @@ class Depth:
     running_tokens: int
 
 
+class Status(Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A request as the queue knows it."""
+
+    facts: Facts
+    status: Status
+    num_tokens: int  # in the log
+    terminal: Finished | Failed | None
+
+
+@dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """A worker's last report, and how long ago it came."""
+
+    report: WorkerReport
+    age_ms: int
+
+
 class Queue(Protocol):
     """Requests in, events out, each exactly once."""
 
-    async def submit(self, request: Generate) -> None:
-        """Accept the request. Idempotent by request id: the same body attaches, as long as the log is kept.
+    async def submit(self, request: Generate) -> bool:
+        """Accept the request; whether it is new. Idempotent by id: the same body attaches, while the log is kept.
 
         Raises Conflict for another body, QueueFull (with retry_after_s from the measured rate) over the cap of tokens
-        that wait or run, RequestTooLarge if it exceeds the whole cap, BadRequest if it cannot travel.
+        that wait or run (of all, or of its tenant), RequestTooLarge if it exceeds the whole cap, BadRequest if it
+        cannot travel, and, of a queue that refuses what nobody serves, Unavailable.
         """
+        ...
+
+    async def standing(self, request_id: str) -> Standing:
+        """What is known of a request, while there is a log. Raises UnknownRequest."""
         ...
 
     async def cancel(self, request_id: str) -> None:
@@ -104,6 +142,14 @@ class Queue(Protocol):
 
         It ends as Finished("cancelled") with the usage of what was logged. Cancelling what has ended is not an error;
         raises UnknownRequest for an id never seen or expired.
+        """
+        ...
+
+    async def abandon(self, request_id: str) -> None:
+        """Cancel for lack of readers: done unless it is a background request, or another gateway reads it.
+
+        A gateway that dies abandons what it read, after a time in which another may take over. Not an error for an
+        unknown id.
         """
         ...
 
@@ -137,6 +183,14 @@ class Queue(Protocol):
 
     async def release(self, leases: Sequence[tuple[str, int]]) -> None:
         """Hand requests back at once, without counting the delivery (drain). What is no longer ours is left alone."""
+        ...
+
+    async def report(self, report: WorkerReport) -> None:
+        """Be known as a worker; without a new report for some time, no longer."""
+        ...
+
+    async def workers(self) -> list[SeenWorker]:
+        """Who has reported of late, by worker id."""
         ...
 
     async def depth(self, model: str | None = None) -> Depth:

@@ -1,8 +1,8 @@
 """What waits and what runs, in requests and in tokens, and whether more may come in.
 
 Apart from the state machine because admission is arithmetic on totals: the cap is on the tokens (prompt + max_tokens)
-that wait or run, so a request that comes back from a lost worker never exceeds it, and room appears exactly when one
-ends.
+that wait or run, of all and of each tenant, so a request that comes back from a lost worker never exceeds it, and room
+appears exactly when one ends.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ from __future__ import annotations
 from collections import Counter
 
 from services.queues.drain_rate import DrainRate
-from services.queues.entry import Entry, Status
+from services.queues.entry import Entry
 from wire.errors import QueueFull, RequestTooLarge
-from wire.queue import Depth
+from wire.queue import Depth, Status
 
 
 class Accounts:
     """Totals of all outstanding requests, by model and status."""
 
-    def __init__(self, max_queued_tokens: int) -> None:
+    def __init__(self, max_queued_tokens: int, max_tenant_tokens: int) -> None:
         self._cap = max_queued_tokens
+        self._tenant_cap = max_tenant_tokens
         self._drain = DrainRate()
         # By (model, status); keys at zero are removed, so the names of models long gone take no memory.
         self._requests: Counter[tuple[str, Status]] = Counter()
         self._tokens: Counter[tuple[str, Status]] = Counter()
+        self._tenants: Counter[str] = Counter()  # tokens of each tenant that wait or run
 
-    def admit(self, tokens: int, now_ms: int) -> None:
+    def admit(self, tenant: str, tokens: int, now_ms: int) -> None:
         """Raise unless this many tokens more fit: RequestTooLarge if they never will, else QueueFull."""
-        if tokens > self._cap:
-            raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; the queue holds {self._cap:,}")
-        outstanding = self._tokens.total()
-        if outstanding + tokens > self._cap:
+        tenant_cap = self._tenant_cap if tenant else self._cap
+        check_size(tokens, self._cap, tenant_cap)
+        outstanding, of_tenant = self._tokens.total(), self._tenants[tenant]
+        over = max(outstanding + tokens - self._cap, of_tenant + tokens - tenant_cap)
+        if over > 0:
             self._note(now_ms, 0)
-            numbers = f"{outstanding:,} of {self._cap:,} tokens are taken, the request needs {tokens:,}"
-            wait_s = self._drain.seconds_for(outstanding + tokens - self._cap)
-            raise QueueFull(f"the queue is full: {numbers}", retry_after_s=wait_s)
+            is_full = outstanding + tokens > self._cap
+            taken, cap = (outstanding, self._cap) if is_full else (of_tenant, tenant_cap)
+            raise queue_full(tokens, taken, cap, self._drain.seconds_for(over), is_tenant=not is_full)
 
     def enter(self, entry: Entry, now_ms: int) -> None:
         """Count a new request."""
@@ -68,9 +71,28 @@ class Accounts:
             counts[key] += amount
             if not counts[key]:
                 del counts[key]
+        tenant = entry.facts.tenant
+        self._tenants[tenant] += sign * entry.place.tokens
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
 
     def _note(self, now_ms: int, ended_tokens: int) -> None:
         # Under pressure: somebody waits, or the queue is half full. Only then do ends say how fast work gets done.
         is_waiting = any(status is Status.WAITING for _, status in self._requests)
         is_pressed = is_waiting or 2 * self._tokens.total() >= self._cap
         self._drain.note(now_ms, is_pressed=is_pressed, ended_tokens=ended_tokens)
+
+
+def check_size(tokens: int, cap: int, tenant_cap: int) -> None:
+    """Raise RequestTooLarge for what can never be held."""
+    if tokens > cap:
+        raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; the queue holds {cap:,}")
+    if tokens > tenant_cap:
+        raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; a tenant may have {tenant_cap:,} at once")
+
+
+def queue_full(tokens: int, taken: int, cap: int, wait_s: float, *, is_tenant: bool) -> QueueFull:
+    """The refusal of a request of `tokens`, when `taken` of `cap` are taken."""
+    what = "this tenant's part of the queue is full" if is_tenant else "the queue is full"
+    numbers = f"{taken:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
+    return QueueFull(f"{what}: {numbers}", retry_after_s=wait_s)

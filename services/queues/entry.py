@@ -9,19 +9,10 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from enum import Enum
 
 from services.queues.waiting_line import Place
-from wire.messages import Event, Finished, Timings, Tokens, Usage, decode_event, encode
-from wire.queue import RefusalReason
-
-
-class Status(Enum):
-    """Where a request is; the transitions are drawn in protocol_core.py."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    ENDED = "ended"
+from wire.messages import Event, Facts, Finished, Timings, Tokens, Usage, decode_event, encode
+from wire.queue import RefusalReason, Standing, Status
 
 
 @dataclass(slots=True)
@@ -31,7 +22,7 @@ class Entry:
     request_id: str
     model: str
     place: Place
-    prompt_tokens: int
+    facts: Facts
     deadline_ms: int | None
     fingerprint: bytes
     body: bytes  # the encoded Generate; empty once ended
@@ -58,9 +49,15 @@ class Entry:
             return event.first_index + len(event.token_ids) <= len(self.tokens)
         return self.is_cancelled or encode(event) == self.terminal
 
+    def standing(self) -> Standing:
+        """What a gateway is told that takes over the stream."""
+        terminal = decode_event(self.terminal) if self.terminal else None
+        assert not isinstance(terminal, Tokens)
+        return Standing(self.facts, self.status, len(self.tokens), terminal)
+
     def cancelled(self, cached_tokens: int = 0, timings: Timings | None = None) -> Finished:
         """The end of a cancelled request: it bills what the log holds, whatever its worker had computed beyond."""
-        usage = Usage(self.prompt_tokens, len(self.tokens), cached_tokens)
+        usage = Usage(self.facts.prompt_tokens, len(self.tokens), cached_tokens)
         return Finished(self.request_id, "cancelled", usage, timings or Timings())
 
     def due_ms(self) -> int | None:

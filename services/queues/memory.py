@@ -19,8 +19,8 @@ from typing import Final
 from services.queues.entry import Entry
 from services.queues.protocol_core import QueueCore, QueueLimits
 from wire.errors import BadRequest, Unavailable
-from wire.messages import Event, Generate, Tokens
-from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal
+from wire.messages import Event, Generate, Tokens, WorkerReport
+from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal, SeenWorker, Standing
 
 LONGEST_TIMER_S: Final = 86_400.0  # event loops differ in what they make of longer ones; a deadline may be weeks ahead
 
@@ -45,17 +45,27 @@ class MemoryQueue:
         lease_ms: int = 6_000,
         max_deliveries: int = 3,
         max_queued_tokens: int = 4_000_000,
+        max_tenant_tokens: int = 0,
         log_ttl_ms: int = 300_000,
+        background_ttl_ms: int = 3_600_000,
         max_overtakes: int = 64,
+        worker_ttl_ms: int = 30_000,
+        refuses_unserved: bool = False,
     ) -> None:
+        """`max_tenant_tokens`: 0 = as max_queued_tokens."""
         self._now_ms = now_ms or steady_epoch_clock()
         self._core = QueueCore(
             QueueLimits(
                 lease_ms=lease_ms,
                 max_deliveries=max_deliveries,
                 max_queued_tokens=max_queued_tokens,
+                max_tenant_tokens=max_tenant_tokens or max_queued_tokens,
                 log_ttl_ms=log_ttl_ms,
+                background_ttl_ms=background_ttl_ms,
                 max_overtakes=max_overtakes,
+                worker_ttl_ms=worker_ttl_ms,
+                orphan_ms=1,  # there is one gateway, in this process: it does not die alone
+                refuses_unserved=refuses_unserved,
             )
         )
         # Readers at the end of a log, by request id; waiting lease() calls and their models, oldest first.
@@ -65,13 +75,21 @@ class MemoryQueue:
         self._timer_ms = 0
         self._is_closed = False
 
-    async def submit(self, request: Generate) -> None:
+    async def submit(self, request: Generate) -> bool:
         with self._turn() as now:
-            self._core.submit(request, now)
+            return self._core.submit(request, now)
+
+    async def standing(self, request_id: str) -> Standing:
+        with self._turn() as now:
+            return self._core.standing(request_id, now)
 
     async def cancel(self, request_id: str) -> None:
         with self._turn() as now:
             self._core.cancel(request_id, now)
+
+    async def abandon(self, request_id: str) -> None:
+        with self._turn() as now:
+            self._core.abandon(request_id, now)
 
     def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
         return _Reader(self, request_id, start)
@@ -99,6 +117,14 @@ class MemoryQueue:
     async def release(self, leases: Sequence[tuple[str, int]]) -> None:
         with self._turn() as now:
             self._core.release(leases, now)
+
+    async def report(self, report: WorkerReport) -> None:
+        with self._turn() as now:
+            self._core.report(report, now)
+
+    async def workers(self) -> list[SeenWorker]:
+        with self._turn() as now:
+            return self._core.workers(now)
 
     async def depth(self, model: str | None = None) -> Depth:
         with self._turn() as now:

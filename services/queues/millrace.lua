@@ -5,30 +5,50 @@ Every change of state is one function call, so it happens whole or not at all, w
 (a key overrides it for tests). Every function may be called again after its reply was lost: what is done is recognised.
 All keys of a partition share a hash tag, so one call touches one slot.
 
-    <p>r:<id>      hash    a request: body, fingerprint, status (w, r, e), epoch, until, n, deliveries, deadline ...
+    <p>r:<id>      hash    a request: body, facts, fingerprint, status (w, r, e), epoch, until, deliveries, deadline ...
     <p>t:<id>      string  its token log: int32, little endian, four bytes a token; STRLEN is the truth about n
-    <p>f:<id>      set     channels of readers beside the one that submitted
-    <p>q:<model>   zset    who waits, by rank and arrival
+    <p>f:<id>      set     channels of gateways that read it, beside the one that submitted it
+    <p>q:<model>   zset    who waits: score is rank and fair share, member is arrival and id
     <p>alarms      zset    when time alone may change a request, by ms
-    <p>acct        hash    requests and tokens that wait (w) and run (r), in all and by model
+    <p>acct        hash    requests and tokens that wait (w) and run (r), in all, by model and by tenant
+    <p>fair        hash    virtual time and the tenants' ends in it (fair_share.py)
     <p>drain       hash    how fast the queue empties under pressure (drain_rate.py keeps the same three numbers)
     <p>over        hash    how often the first that did not fit was overtaken
+    <p>l:<worker>  string  what the last lease call that found something handed out, and its nonce
+    <p>workers     hash    last reports; <p>seen zset: when; <p>s:<model> zset: who serves it and when they said so
     <p>dead        stream  requests given up
     <p>epoch, <p>arrivals, <p>clock
 
-ARGV begins with the limits: lease_ms, max_deliveries, max_queued_tokens, log_ttl_ms, max_overtakes. Replies are
-{next alarm in ms or -1, now, ...}. ]]
+ARGV begins with the limits, comma separated, in the order of LIMITS. Replies are {next alarm in ms or -1, now, ...}. ]]
 
-local RANK = 2 ^ 51 -- arrivals are below it; (rank + 1) * RANK + arrival is exact in a double
+local RANK = 2 ^ 51 -- tags are below it; (rank + 1) * RANK + tag is exact in a double
+local UNITS = $units
 local WINDOW_MS = $window_ms
-local FIELDS = {'status', 'model', 'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'deadline', 'cancel',
-                'ended_as', 'forget', 'channel', 'fingerprint'}
+local LIMITS = {$limits}
+local FIELDS = {'status', 'model', 'tokens', 'prompt', 'score', 'place', 'epoch', 'until', 'deliveries', 'deadline', 'cancel',
+                'ended_as', 'forget', 'channel', 'tenant', 'background', 'orphan'}
+local NUMBERS = {'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'deadline', 'forget', 'orphan'}
+
+local known_limits = {} -- by their text: every caller sends the same few
+
+local function read_limits(text)
+    local limits = known_limits[text]
+    if not limits then
+        limits = {}
+        local i = 0
+        for number in string.gmatch(text, '[^,]+') do
+            i = i + 1
+            limits[LIMITS[i]] = tonumber(number)
+        end
+        known_limits = {[text] = limits}
+    end
+    return limits
+end
 
 -- One call: keys, limits, time, and the news it makes.
 local function open(keys, args)
     local p = keys[1]
-    local c = {p = p, lease_ms = tonumber(args[1]), max_deliveries = tonumber(args[2]), cap = tonumber(args[3]),
-               ttl = tonumber(args[4]), overtakes = tonumber(args[5]), news = {}, offered = {}}
+    local c = {p = p, limits = read_limits(args[1]), news = {}, about = {}, offered = {}}
     local fixed = redis.call('GET', p .. 'clock')
     if fixed then
         c.now = tonumber(fixed)
@@ -44,7 +64,7 @@ local function find(c, id)
     if not values[1] then return nil end
     local e = {id = id}
     for i, name in ipairs(FIELDS) do e[name] = values[i] end
-    for _, name in ipairs({'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'deadline', 'forget'}) do
+    for _, name in ipairs(NUMBERS) do
         e[name] = tonumber(e[name] or nil)
     end
     return e
@@ -66,6 +86,9 @@ local function count(c, e, sign)
             redis.call('HDEL', c.p .. 'acct', name .. ':' .. e.model)
         end
     end
+    if e.tenant and e.tenant ~= '' and redis.call('HINCRBY', c.p .. 'acct', '@' .. e.tenant, sign * e.tokens) == 0 then
+        redis.call('HDEL', c.p .. 'acct', '@' .. e.tenant)
+    end
 end
 
 local function totals(c)
@@ -78,7 +101,7 @@ local function note(c, ended)
     local waiting, wt, _, rt = totals(c)
     local drain = redis.call('HMGET', c.p .. 'drain', 'noted', 'pressed', 'ended')
     local elapsed = math.max(0, c.now - tonumber(drain[1] or 0))
-    if waiting > 0 or 2 * (wt + rt) >= c.cap then
+    if waiting > 0 or 2 * (wt + rt) >= c.limits.max_queued_tokens then
         local kept = math.exp(-elapsed / WINDOW_MS)
         local pressed = tonumber(drain[2] or 0) * kept + WINDOW_MS * (1 - kept)
         redis.call('HSET', c.p .. 'drain', 'noted', c.now, 'pressed', string.format('%.17g', pressed),
@@ -96,13 +119,40 @@ local function move(c, e, status)
     if status ~= 'e' then count(c, e, 1) end
 end
 
+-- ---- fair shares: fair_share.py ----
+
+local function stamp(c, tenant, weight, tokens)
+    local name = '@' .. tenant
+    local found = redis.call('HMGET', c.p .. 'fair', 'now', 'last', name)
+    local tag = math.max(tonumber(found[1] or 0), tonumber(found[3] or 0))
+    local ends = tag + math.floor(tokens * UNITS / weight)
+    local last = math.max(tonumber(found[2] or 0), ends)
+    redis.call('HSET', c.p .. 'fair', name, string.format('%.0f', ends), 'last', string.format('%.0f', last))
+    return tag
+end
+
+local function handed_out(c, e)
+    local tag = e.score % RANK
+    if tag > tonumber(redis.call('HGET', c.p .. 'fair', 'now') or 0) then
+        redis.call('HSET', c.p .. 'fair', 'now', string.format('%.0f', tag))
+    end
+end
+
+local function emptied(c)
+    local found = redis.call('HMGET', c.p .. 'fair', 'now', 'last')
+    local now = math.max(tonumber(found[1] or 0), tonumber(found[2] or 0))
+    redis.call('DEL', c.p .. 'fair')
+    redis.call('HSET', c.p .. 'fair', 'now', string.format('%.0f', now))
+end
+
 -- ---- time ----
 
 local function due(e)
     if e.status == 'e' then return e.forget end
-    if e.status == 'w' then return e.deadline end
-    if e.deadline and e.deadline < e['until'] then return e.deadline end
-    return e['until']
+    local at = e.deadline
+    if e.status == 'r' and (not at or e['until'] < at) then at = e['until'] end
+    if e.orphan and (not at or e.orphan < at) then at = e.orphan end
+    return at
 end
 
 -- The earliest alarm stands: one that goes off early finds nothing due and is set again, so renewing costs nothing here.
@@ -123,24 +173,27 @@ local function tell(c, e, news)
     if e.channel and e.channel ~= '' then table.insert(channels, e.channel) end
     for _, channel in ipairs(channels) do
         c.news[channel] = c.news[channel] or {}
+        c.about[channel] = c.about[channel] or {}
         table.insert(c.news[channel], news)
+        c.about[channel][e.id] = true
     end
 end
 
 local function offer(c, e)
-    redis.call('ZADD', c.p .. 'q:' .. e.model, e.score, e.id)
+    redis.call('ZADD', c.p .. 'q:' .. e.model, e.score, e.place .. e.id)
     c.offered[e.model] = true
 end
 
 local function unline(c, e)
-    redis.call('ZREM', c.p .. 'q:' .. e.model, e.id)
+    redis.call('ZREM', c.p .. 'q:' .. e.model, e.place .. e.id)
     redis.call('HDEL', c.p .. 'over', e.id)
+    if tonumber(redis.call('HGET', c.p .. 'acct', 'wr')) <= 1 then emptied(c) end -- it is still counted
 end
 
 local function finish(c, e, terminal, ended_as)
     if e.status == 'w' then unline(c, e) end
     move(c, e, 'e')
-    e.forget = c.now + c.ttl
+    e.forget = c.now + (e.background and c.limits.background_ttl_ms or c.limits.log_ttl_ms)
     set(c, e, 'terminal', terminal, 'forget', e.forget, 'ended_as', ended_as or 'fenced')
     redis.call('HDEL', c.p .. 'r:' .. e.id, 'body')
     tell(c, e, framed(e.id, length(c, e), '', terminal))
@@ -164,8 +217,18 @@ local function failed(e, code, retryable, message)
     return cmsgpack.pack({type = 'failed', request_id = e.id, code = code, message = message, retryable = retryable})
 end
 
+-- A cancellation: of who waits at once, of who runs when its worker hears of it.
+local function stop(c, e)
+    if e.status == 'w' then
+        finish(c, e, cancelled(c, e))
+    elseif e.status == 'r' then
+        e.cancel = '1'
+        set(c, e, 'cancel', '1')
+    end
+end
+
 local function hold(c, e)
-    e['until'] = c.now + c.lease_ms
+    e['until'] = c.now + c.limits.lease_ms
     set(c, e, 'until', e['until'])
     if e.status == 'w' then
         unline(c, e)
@@ -182,7 +245,7 @@ end
 local function lapse(c, e)
     if e.cancel then
         finish(c, e, cancelled(c, e))
-    elseif e.deliveries >= c.max_deliveries then
+    elseif e.deliveries >= c.limits.max_deliveries then
         local message = 'given up: ' .. e.deliveries .. ' workers were lost while serving this'
         redis.call('XADD', c.p .. 'dead', 'MAXLEN', '~', 10000, '*', 'id', e.id, 'model', e.model, 'why', message)
         finish(c, e, failed(e, '$lost_code', $lost_retryable, message))
@@ -202,6 +265,11 @@ local function on_alarm(c, e)
     elseif e.status == 'r' and e['until'] <= c.now then
         lapse(c, e)
     end
+    if e.status ~= 'e' and e.orphan and e.orphan <= c.now then
+        redis.call('HDEL', c.p .. 'r:' .. e.id, 'orphan')
+        e.orphan = nil
+        stop(c, e)
+    end
     set_alarm(c, e)
 end
 
@@ -218,9 +286,37 @@ local function expire(c)
     end
 end
 
+-- ---- readers ----
+
+-- A gateway reads this no longer; whether nobody does.
+local function unfollow(c, e, channel)
+    if e.channel == channel then
+        e.channel = ''
+        set(c, e, 'channel', '')
+    else
+        redis.call('SREM', c.p .. 'f:' .. e.id, channel)
+    end
+    return e.channel == '' and redis.call('SCARD', c.p .. 'f:' .. e.id) == 0
+end
+
+-- Nobody listens on this channel: its gateway is dead, or looks at its logs again when it is back.
+local function unheard(c, channel)
+    for id in pairs(c.about[channel]) do
+        local e = find(c, id)
+        if e and e.status ~= 'e' and unfollow(c, e, channel) and not e.background then
+            e.orphan = c.now + c.limits.orphan_ms
+            set(c, e, 'orphan', e.orphan)
+            set_alarm(c, e)
+        end
+    end
+end
+
 -- Tell who listens, and answer.
 local function close(c, ...)
-    for channel, news in pairs(c.news) do redis.call('PUBLISH', channel, table.concat(news)) end
+    for channel, news in pairs(c.news) do
+        local heard = redis.call('PUBLISH', channel, table.concat(news))
+        if heard == 0 and c.limits.orphan_ms > 0 then unheard(c, channel) end
+    end
     for model in pairs(c.offered) do redis.call('PUBLISH', c.p .. 'work', model) end
     local first = redis.call('ZRANGE', c.p .. 'alarms', 0, 0, 'WITHSCORES')
     return {first[2] and math.floor(tonumber(first[2])) or -1, c.now, ...}
@@ -228,30 +324,41 @@ end
 
 -- ---- the gateways' side ----
 
--- id, fingerprint, body, model, tokens, prompt tokens, rank, deadline_ms or '', channel -> 'accepted' | 'attached' |
--- 'conflict' | 'full', outstanding, drain pressed, drain ended
+-- id, fingerprint, body, facts, model, tokens, prompt tokens, rank, deadline_ms or '', channel, tenant, weight, background
+-- (1 or '') -> 'accepted' | 'attached' | 'conflict' | 'unserved' | 'full' or 'tenant', tokens taken, over, drain ...
 local function submit(keys, args)
     local c = open(keys, args)
     expire(c)
-    local id, print, body, model = args[6], args[7], args[8], args[9]
-    local tokens, prompt, rank = tonumber(args[10]), tonumber(args[11]), tonumber(args[12])
-    local known = find(c, id)
-    if known then
-        return close(c, known.fingerprint == print and 'attached' or 'conflict')
+    local id, print, body, facts, model = args[2], args[3], args[4], args[5], args[6]
+    local tokens, prompt, rank, channel = tonumber(args[7]), tonumber(args[8]), tonumber(args[9]), args[11]
+    local tenant, weight, background = args[12], tonumber(args[13]), args[14] ~= '' and args[14] or nil
+    local known = redis.call('HGET', c.p .. 'r:' .. id, 'fingerprint')
+    if known then return close(c, known == print and 'attached' or 'conflict') end
+    if c.limits.refuses_unserved > 0
+        and redis.call('ZCOUNT', c.p .. 's:' .. model, '(' .. c.now - c.limits.worker_ttl_ms, '+inf') == 0 then
+        return close(c, 'unserved')
     end
     local _, wt, _, rt = totals(c)
-    if wt + rt + tokens > c.cap then
+    local of_all, of_tenant = wt + rt, 0
+    if tenant ~= '' then of_tenant = tonumber(redis.call('HGET', c.p .. 'acct', '@' .. tenant) or 0) end
+    local over_all, over_tenant = of_all + tokens - c.limits.max_queued_tokens, of_tenant + tokens - c.limits.max_tenant_tokens
+    if tenant == '' then over_tenant = 0 end
+    if over_all > 0 or over_tenant > 0 then
         note(c, 0)
         local drain = redis.call('HMGET', c.p .. 'drain', 'pressed', 'ended')
-        return close(c, 'full', wt + rt, drain[1] or '0', drain[2] or '0')
+        local why, taken = 'tenant', of_tenant
+        if over_all > 0 then why, taken = 'full', of_all end
+        return close(c, why, taken, math.max(over_all, over_tenant), drain[1] or '0', drain[2] or '0')
     end
-    local arrival = redis.call('INCR', c.p .. 'arrivals')
-    local e = {id = id, status = 'w', model = model, tokens = tokens, prompt = prompt, channel = args[14],
-               score = (rank + 1) * RANK + arrival, deadline = args[13] ~= '' and c.now + tonumber(args[13]) or nil}
-    set(c, e, 'status', 'w', 'model', model, 'tokens', tokens, 'prompt', prompt,
-        'score', string.format('%.0f', e.score), 'deliveries', 0, 'fingerprint', print, 'body', body,
-        'channel', e.channel)
+    local arrival = string.format('%013d', redis.call('INCR', c.p .. 'arrivals'))
+    local e = {id = id, status = 'w', model = model, tokens = tokens, place = arrival, channel = channel, tenant = tenant,
+               score = (rank + 1) * RANK + stamp(c, tenant, weight, tokens),
+               deadline = args[10] ~= '' and c.now + tonumber(args[10]) or nil}
+    set(c, e, 'status', 'w', 'model', model, 'tokens', tokens, 'prompt', prompt, 'place', arrival,
+        'score', string.format('%.0f', e.score), 'deliveries', 0, 'fingerprint', print, 'body', body, 'facts', facts,
+        'channel', channel, 'tenant', tenant)
     if e.deadline then set(c, e, 'deadline', string.format('%.0f', e.deadline)) end
+    if background then set(c, e, 'background', background) end
     note(c, 0)
     count(c, e, 1)
     offer(c, e)
@@ -263,24 +370,41 @@ end
 local function cancel(keys, args)
     local c = open(keys, args)
     expire(c)
-    local e = find(c, args[6])
+    local e = find(c, args[2])
     if not e then return close(c, 'unknown') end
-    if e.status == 'w' then
-        finish(c, e, cancelled(c, e))
-    elseif e.status == 'r' then
-        set(c, e, 'cancel', '1')
-    end
+    stop(c, e)
     return close(c, 'ok')
+end
+
+-- id, channel of the gateway that no longer reads it
+local function abandon(keys, args)
+    local c = open(keys, args)
+    expire(c)
+    local e = find(c, args[2])
+    if e and e.status ~= 'e' and unfollow(c, e, args[3]) and not e.background then stop(c, e) end
+    return close(c)
+end
+
+-- id -> 'ok' | 'unknown', facts, status, tokens logged, terminal or ''
+local function standing(keys, args)
+    local c = open(keys, args)
+    expire(c)
+    local found = redis.call('HMGET', c.p .. 'r:' .. args[2], 'facts', 'status', 'terminal')
+    if not found[2] then return close(c, 'unknown') end
+    return close(c, 'ok', found[1], found[2], length(c, {id = args[2]}), found[3] or '')
 end
 
 -- id, start, channel -> 'ok' | 'unknown', tokens from start on as bytes, terminal or ''. The channel hears of what comes.
 local function follow(keys, args)
     local c = open(keys, args)
     expire(c)
-    local e = find(c, args[6])
+    local e = find(c, args[2])
     if not e then return close(c, 'unknown') end
-    if e.status ~= 'e' and e.channel ~= args[8] then redis.call('SADD', c.p .. 'f:' .. e.id, args[8]) end
-    local log = redis.call('GETRANGE', c.p .. 't:' .. e.id, 4 * tonumber(args[7]), -1)
+    if e.status ~= 'e' then
+        if e.channel ~= args[4] then redis.call('SADD', c.p .. 'f:' .. e.id, args[4]) end
+        if e.orphan then redis.call('HDEL', c.p .. 'r:' .. e.id, 'orphan') end
+    end
+    local log = redis.call('GETRANGE', c.p .. 't:' .. e.id, 4 * tonumber(args[3]), -1)
     return close(c, 'ok', log, redis.call('HGET', c.p .. 'r:' .. e.id, 'terminal') or '')
 end
 
@@ -288,7 +412,7 @@ end
 local function depth(keys, args)
     local c = open(keys, args)
     expire(c)
-    local suffix = args[6] ~= '' and ':' .. args[6] or ''
+    local suffix = args[2] ~= '' and ':' .. args[2] or ''
     local names = {'wr' .. suffix, 'wt' .. suffix, 'rr' .. suffix, 'rt' .. suffix}
     local found = redis.call('HMGET', c.p .. 'acct', unpack(names))
     for i = 1, 4 do found[i] = tonumber(found[i] or 0) end
@@ -307,49 +431,121 @@ local function line(c, models, most)
             for i = 1, #found, 2 do table.insert(places, {tonumber(found[i + 1]), found[i]}) end
         end
     end
-    table.sort(places, function(a, b) return a[1] < b[1] end)
+    table.sort(places, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
     return places
 end
 
+local function is_suspect(c, deliveries)
+    return deliveries >= 1 and deliveries + 1 >= c.limits.max_deliveries
+end
+
 -- waiting_line.py, pick()
-local function pick(c, models, max_requests, max_tokens, capacity)
-    local picked, room, head, looked = {}, max_tokens, nil, 0
-    for _, place in ipairs(line(c, models, max_requests + c.overtakes + 1)) do
+local function pick(c, models, max_requests, max_tokens, capacity, takes_suspect)
+    local picked, room, head, looked, overtakes = {}, max_tokens, nil, 0, c.limits.max_overtakes
+    for _, place in ipairs(line(c, models, max_requests + overtakes + 1)) do
         if #picked >= max_requests then break end
         if head then
             looked = looked + 1
-            if looked > c.overtakes or tonumber(redis.call('HGET', c.p .. 'over', head) or 0) >= c.overtakes then break end
+            if looked > overtakes or tonumber(redis.call('HGET', c.p .. 'over', head) or 0) >= overtakes then break end
         end
-        local tokens = tonumber(redis.call('HGET', c.p .. 'r:' .. place[2], 'tokens'))
-        local needed = tokens <= capacity and tokens or 0 -- what can never fit is handed out to be refused in words
-        if needed <= room then
-            room = room - needed
-            table.insert(picked, place[2])
-            if head then redis.call('HINCRBY', c.p .. 'over', head, 1) end
-        elseif not head then
-            head = place[2]
+        local id = string.sub(place[2], 14)
+        local found = redis.call('HMGET', c.p .. 'r:' .. id, 'tokens', 'deliveries')
+        local tokens, suspect = tonumber(found[1]), is_suspect(c, tonumber(found[2]))
+        if takes_suspect or not suspect then
+            local needed = tokens <= capacity and tokens or 0 -- what can never fit is handed out to be refused in words
+            if needed <= room then
+                room = room - needed
+                takes_suspect = takes_suspect and not suspect
+                table.insert(picked, id)
+                if head then redis.call('HINCRBY', c.p .. 'over', head, 1) end
+            elseif not head then
+                head = id
+            end
         end
     end
     return picked
 end
 
--- max_requests, max_tokens, capacity_tokens, models ... -> {body, epoch, token bytes, delivery} ...
+-- A lease as the worker reads it.
+local function handed(c, e, epoch, delivery)
+    local log = redis.call('GET', c.p .. 't:' .. e.id) or ''
+    local suspect = is_suspect(c, delivery - 1) and 1 or 0
+    return {redis.call('HGET', c.p .. 'r:' .. e.id, 'body'), epoch, log, delivery, suspect}
+end
+
+-- What the call with this nonce handed out, if it is the worker's last that did: its reply was lost. Else nil.
+local function again(c, key, nonce)
+    local last = redis.call('GET', key)
+    last = last and cmsgpack.unpack(last)
+    if not last or last[1] ~= nonce then return nil end
+    local leases = {}
+    for i = 2, #last, 2 do
+        local e = find(c, last[i])
+        if e and e.epoch == last[i + 1] and e.status ~= 'e' then
+            hold(c, e)
+            table.insert(leases, handed(c, e, e.epoch, e.deliveries))
+        end
+    end
+    return leases
+end
+
+-- worker, nonce, max_requests, max_tokens, capacity_tokens, takes suspect (1 or 0), models ...
+-- -> {body, epoch, token bytes, delivery, is suspect} ...
 local function lease(keys, args)
     local c = open(keys, args)
     expire(c)
-    local models = {}
-    for i = 9, #args do table.insert(models, args[i]) end
-    local leases = {}
-    for _, id in ipairs(pick(c, models, tonumber(args[6]), tonumber(args[7]), tonumber(args[8]))) do
+    local key, nonce, models = c.p .. 'l:' .. args[2], args[3], {}
+    for i = 8, #args do table.insert(models, args[i]) end
+    local leases = again(c, key, nonce)
+    if leases then return close(c, leases) end
+    leases = {}
+    local handed_over = {nonce}
+    local takes_suspect = args[7] == '1'
+    for _, id in ipairs(pick(c, models, tonumber(args[4]), tonumber(args[5]), tonumber(args[6]), takes_suspect)) do
         local e = find(c, id)
         local epoch = redis.call('INCR', c.p .. 'epoch')
         local delivery = redis.call('HINCRBY', c.p .. 'r:' .. id, 'deliveries', 1)
         set(c, e, 'epoch', epoch)
+        handed_out(c, e)
         hold(c, e)
-        local log = redis.call('GET', c.p .. 't:' .. id) or ''
-        table.insert(leases, {redis.call('HGET', c.p .. 'r:' .. id, 'body'), epoch, log, delivery})
+        table.insert(leases, handed(c, e, epoch, delivery))
+        table.insert(handed_over, id)
+        table.insert(handed_over, epoch)
     end
+    if #leases > 0 then redis.call('SET', key, cmsgpack.pack(handed_over), 'PX', 4 * c.limits.lease_ms) end
     return close(c, leases)
+end
+
+-- worker, report, is draining (1 or 0), models ...
+local function report(keys, args)
+    local c = open(keys, args)
+    expire(c)
+    local worker, ttl = args[2], c.limits.worker_ttl_ms
+    for _, old in ipairs(redis.call('ZRANGEBYSCORE', c.p .. 'seen', '-inf', c.now - ttl)) do
+        redis.call('ZREM', c.p .. 'seen', old)
+        redis.call('HDEL', c.p .. 'workers', old)
+    end
+    redis.call('ZADD', c.p .. 'seen', c.now, worker)
+    redis.call('HSET', c.p .. 'workers', worker, args[3])
+    for i = 5, #args do
+        local key = c.p .. 's:' .. args[i]
+        if args[4] == '1' then redis.call('ZREM', key, worker) else redis.call('ZADD', key, c.now, worker) end
+        redis.call('ZREMRANGEBYSCORE', key, '-inf', c.now - ttl)
+        redis.call('PEXPIRE', key, 2 * ttl)
+    end
+    return close(c)
+end
+
+-- -> {report, age in ms} ...
+local function workers(keys, args)
+    local c = open(keys, args)
+    expire(c)
+    local found = {}
+    local recent = redis.call('ZRANGEBYSCORE', c.p .. 'seen', '(' .. c.now - c.limits.worker_ttl_ms, '+inf', 'WITHSCORES')
+    for i = 1, #recent, 2 do
+        table.insert(found, {redis.call('HGET', c.p .. 'workers', recent[i]), c.now - tonumber(recent[i + 1])})
+    end
+    return close(c, found)
 end
 
 -- A lease's standing: nil and the request, or why it is refused.
@@ -392,7 +588,7 @@ end
 -- What only a bug can send: a gap, or a bill that is not what the log holds. Nothing is logged then.
 local function bug(c, args)
     local lengths = {}
-    for i = 6, #args, 6 do
+    for i = 2, #args, 6 do
         local id, epoch, kind, first = args[i], tonumber(args[i + 1]), args[i + 2], tonumber(args[i + 3])
         local refused, e = stands(c, id, epoch)
         if not refused and e.status ~= 'e' and not e.cancel then
@@ -415,7 +611,7 @@ local function publish(keys, args)
     local id, why = bug(c, args)
     if id then return close(c, 'bug', id, why) end
     local refusals = {}
-    for i = 6, #args, 6 do
+    for i = 2, #args, 6 do
         local epoch = tonumber(args[i + 1])
         local reason = append(c, args[i], epoch, args[i + 2], tonumber(args[i + 3]), args[i + 4])
         if reason then table.insert(refusals, {args[i], reason, epoch}) end
@@ -428,7 +624,7 @@ local function renew(keys, args)
     local c = open(keys, args)
     expire(c)
     local refusals = {}
-    for i = 6, #args, 2 do
+    for i = 2, #args, 2 do
         local id, epoch = args[i], tonumber(args[i + 1])
         local reason, e = stands(c, id, epoch)
         if not reason then
@@ -445,7 +641,7 @@ end
 local function release(keys, args)
     local c = open(keys, args)
     expire(c)
-    for i = 6, #args, 2 do
+    for i = 2, #args, 2 do
         local reason, e = stands(c, args[i], tonumber(args[i + 1]))
         if not reason and e.status ~= 'e' then
             redis.call('HDEL', c.p .. 'r:' .. e.id, 'epoch')
@@ -466,6 +662,8 @@ end
 
 redis.register_function('$library_submit', submit)
 redis.register_function('$library_cancel', cancel)
+redis.register_function('$library_abandon', abandon)
+redis.register_function('$library_standing', standing)
 redis.register_function('$library_follow', follow)
 redis.register_function('$library_depth', depth)
 redis.register_function('$library_lease', lease)
@@ -473,3 +671,5 @@ redis.register_function('$library_publish', publish)
 redis.register_function('$library_renew', renew)
 redis.register_function('$library_release', release)
 redis.register_function('$library_sweep', sweep)
+redis.register_function('$library_report', report)
+redis.register_function('$library_workers', workers)

@@ -17,13 +17,29 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Final
 
 from services.queues.accounts import Accounts
-from services.queues.entry import Entry, Status
+from services.queues.entry import Entry
+from services.queues.roster import Roster
 from services.queues.waiting_line import Place, WaitingLine
-from wire.errors import BadRequest, Conflict, DeadlineExceeded, UnknownRequest, WorkerLost
-from wire.messages import Event, Failed, Finished, Generate, Tokens, decode_event, decode_generate, encode, fingerprint
-from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal, RefusalReason
+from wire.errors import BadRequest, Conflict, DeadlineExceeded, Unavailable, UnknownRequest, WorkerLost
+from wire.messages import (
+    Event,
+    Facts,
+    Failed,
+    Finished,
+    Generate,
+    Tokens,
+    WorkerReport,
+    decode_event,
+    decode_generate,
+    encode,
+    fingerprint,
+)
+from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal, RefusalReason, SeenWorker, Standing, Status
+
+UNSERVED_RETRY_S: Final = 5.0  # a worker loads its model in about this time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +49,26 @@ class QueueLimits:
     lease_ms: int
     max_deliveries: int
     max_queued_tokens: int  # waiting and running together
+    max_tenant_tokens: int  # the same, of one tenant
     log_ttl_ms: int  # how long an ended request and its log are kept
+    background_ttl_ms: int  # the same, of a background request
     max_overtakes: int
+    worker_ttl_ms: int  # a worker that has not reported for this long is none
+    orphan_ms: int  # a request whose gateways have died runs on for this long
+    refuses_unserved: bool  # requests of a model that no worker serves: refused, or waiting
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if getattr(self, limit.name) < 1:
+            if getattr(self, limit.name) < 1 and limit.name != "refuses_unserved":
                 raise ValueError(f"{limit.name} is {getattr(self, limit.name)}; it must be at least 1")
+
+    def is_suspect(self, deliveries: int) -> bool:
+        """Whether a request that was delivered so often may be delivered only once more, and had workers die on it."""
+        return deliveries >= 1 and deliveries + 1 >= self.max_deliveries
+
+    def ttl_ms(self, facts: Facts) -> int:
+        """How long an ended request is kept."""
+        return self.background_ttl_ms if facts.background else self.log_ttl_ms
 
 
 class QueueCore:
@@ -49,7 +78,8 @@ class QueueCore:
         self._limits = limits
         self._entries: dict[str, Entry] = {}
         self._line = WaitingLine(limits.max_overtakes)
-        self._accounts = Accounts(limits.max_queued_tokens)
+        self._accounts = Accounts(limits.max_queued_tokens, limits.max_tenant_tokens)
+        self._roster = Roster(limits.worker_ttl_ms)
         self._arrivals = 0
         self._epochs = 0
         self._alarms: list[tuple[int, str]] = []  # heap; an alarm that is not its entry's alarm_ms is void
@@ -59,28 +89,27 @@ class QueueCore:
 
     # --- the gateways' side -------------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate, now: int) -> None:
-        """Accept the request, or attach to the one that has its id and body."""
+    def submit(self, request: Generate, now: int) -> bool:
+        """Accept the request, or attach to the one that has its id and body; whether it is new."""
         self.expire(now)
-        try:
-            body = encode(request)
-            request = decode_generate(body)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadRequest(f"the request cannot travel: {error}") from error
+        request, body = sealed(request)
         print_of_body = fingerprint(request)
         known = self._entries.get(request.request_id)
         if known is not None:
             if known.fingerprint != print_of_body:
-                raise Conflict(f"request id {request.request_id!r} is taken by a request with another body")
-            return
-        self._accounts.admit(request.max_total_tokens, now)
+                raise taken(request.request_id)
+            return False
+        if self._limits.refuses_unserved and not self._roster.serves(request.model, now):
+            raise unserved(request.model)
+        tokens = request.max_total_tokens
+        self._accounts.admit(request.tenant, tokens, now)
         self._arrivals += 1
-        place = Place(-request.priority, self._arrivals, request.max_total_tokens, request.request_id)
+        tag = self._line.share.stamp(request.tenant, request.weight, tokens)
         entry = Entry(
             request_id=request.request_id,
             model=request.model,
-            place=place,
-            prompt_tokens=len(request.prompt_ids),
+            place=Place(-request.priority, tag, self._arrivals, tokens, request.request_id),
+            facts=Facts.of(request),
             deadline_ms=None if request.deadline_ms is None else now + request.deadline_ms,
             fingerprint=print_of_body,
             body=body,
@@ -89,6 +118,12 @@ class QueueCore:
         self._accounts.enter(entry, now)
         self._offer(entry)
         self._set_alarm(entry)
+        return True
+
+    def standing(self, request_id: str, now: int) -> Standing:
+        """What is known of a request."""
+        self.expire(now)
+        return self.find(request_id).standing()
 
     def cancel(self, request_id: str, now: int) -> None:
         """End a waiting request; mark a running one, whose worker is told at its next append or renewal."""
@@ -99,11 +134,18 @@ class QueueCore:
         elif entry.status is Status.RUNNING:
             entry.is_cancelled = True
 
+    def abandon(self, request_id: str, now: int) -> None:
+        """Cancel for lack of readers. There is one gateway: nobody else can be reading."""
+        self.expire(now)
+        entry = self._entries.get(request_id)
+        if entry is not None and not entry.facts.background:
+            self.cancel(request_id, now)
+
     def find(self, request_id: str) -> Entry:
         """The entry to read from. Raises UnknownRequest."""
         entry = self._entries.get(request_id)
         if entry is None:
-            raise UnknownRequest(f"no request {request_id!r}: never accepted, or its log has expired")
+            raise unknown(request_id)
         return entry
 
     def depth(self, model: str | None, now: int) -> Depth:
@@ -119,11 +161,14 @@ class QueueCore:
         leases = []
         for request_id in self._line.pick(budget):
             entry = self._entries[request_id]
+            is_suspect = self._limits.is_suspect(entry.deliveries)
             self._epochs += 1
             entry.epoch = self._epochs
             entry.deliveries += 1
+            self._line.share.handed_out(entry.place.tag)
             self._hold(entry, now)
-            leases.append(Lease(decode_generate(entry.body), entry.epoch, tuple(entry.tokens), entry.deliveries))
+            request = decode_generate(entry.body)
+            leases.append(Lease(request, entry.epoch, tuple(entry.tokens), entry.deliveries, is_suspect))
         return leases
 
     def publish(self, appends: Sequence[Append], now: int) -> list[Refusal]:
@@ -169,6 +214,16 @@ class QueueCore:
                 self._end(entry, entry.cancelled(), now)
             elif entry.status is Status.RUNNING:
                 self._put_back(entry, now)
+
+    def report(self, report: WorkerReport, now: int) -> None:
+        """A worker says that it is there."""
+        self.expire(now)
+        self._roster.note(report, now)
+
+    def workers(self, now: int) -> list[SeenWorker]:
+        """Who has reported of late."""
+        self.expire(now)
+        return self._roster.seen(now)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -277,7 +332,7 @@ class QueueCore:
         self._offer(entry)
 
     def _offer(self, entry: Entry) -> None:
-        self._line.add(entry.model, entry.place)
+        self._line.add(entry.model, entry.place, is_suspect=self._limits.is_suspect(entry.deliveries))
         self.offered.add(entry.model)
 
     def _fail(self, entry: Entry, error: DeadlineExceeded | WorkerLost, now: int) -> None:
@@ -289,6 +344,27 @@ class QueueCore:
         self._accounts.move(entry, Status.ENDED, now)
         entry.terminal = encode(terminal)
         entry.body = b""
-        entry.forget_ms = now + self._limits.log_ttl_ms
+        entry.forget_ms = now + self._limits.ttl_ms(entry.facts)
         self.grown.add(entry.request_id)
         self._set_alarm(entry)
+
+
+def sealed(request: Generate) -> tuple[Generate, bytes]:
+    """The request as the other end will read it, and its bytes. Raises BadRequest if it cannot travel."""
+    try:
+        body = encode(request)
+        return decode_generate(body), body
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadRequest(f"the request cannot travel: {error}") from error
+
+
+def taken(request_id: str) -> Conflict:
+    return Conflict(f"request id {request_id!r} is taken by a request with another body")
+
+
+def unknown(request_id: str) -> UnknownRequest:
+    return UnknownRequest(f"no request {request_id!r}: never accepted, or its log has expired")
+
+
+def unserved(model: str) -> Unavailable:
+    return Unavailable(f"no worker serves {model} at present", retry_after_s=UNSERVED_RETRY_S)

@@ -6,7 +6,7 @@ message for all that one call has changed. The log in Redis is the truth: a read
 connection, reads it.
 
 Redis away: calls raise Unavailable, readers wait, and everything goes on when it is back. A call whose reply was lost
-is sent again, because functions recognise what is done; only `lease` is not, and what it handed out lapses.
+is sent again, because functions recognise what is done (a `lease` by its nonce).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import secrets
 from array import array
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import fields
 from typing import Any, Final
 
 from redis.asyncio.client import PubSub
@@ -24,18 +25,44 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.queues.accounts import check_size, queue_full
 from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
-from services.queues.protocol_core import QueueLimits
+from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
 from services.queues.redis_library import Client, load_library
 from services.queues.redis_reader import Follower, Reader
-from wire.errors import BadRequest, Conflict, QueueFull, RequestTooLarge, Unavailable, UnknownRequest
-from wire.messages import Event, Failed, Finished, Generate, Tokens, decode_event, decode_generate, encode, fingerprint
-from wire.queue import Append, Depth, Lease, LeaseBudget, Refusal, RefusalReason
+from wire.errors import Unavailable
+from wire.messages import (
+    Event,
+    Facts,
+    Failed,
+    Finished,
+    Generate,
+    Tokens,
+    WorkerReport,
+    decode_event,
+    decode_facts,
+    decode_generate,
+    decode_report,
+    encode,
+    fingerprint,
+)
+from wire.queue import (
+    Append,
+    Depth,
+    Lease,
+    LeaseBudget,
+    Refusal,
+    RefusalReason,
+    SeenWorker,
+    Standing,
+    Status,
+)
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_S: Final = 0.2
 LONGEST_TIMER_S: Final = 3600.0
+_STATUS: Final = {b"w": Status.WAITING, b"r": Status.RUNNING, b"e": Status.ENDED}
 _LOST: Final = (RedisConnectionError, RedisTimeoutError, OSError)
 
 
@@ -48,17 +75,12 @@ class RedisQueue:
         self._limits = limits
         self._prefix = f"mr:{{{partition}}}:"
         self._channel = f"{self._prefix}ev:{secrets.token_hex(8)}"
-        self._arguments = [
-            limits.lease_ms,
-            limits.max_deliveries,
-            limits.max_queued_tokens,
-            limits.log_ttl_ms,
-            limits.max_overtakes,
-        ]
+        self._limit_text = ",".join(str(int(getattr(limits, limit.name))) for limit in fields(limits))
         self._library = ""
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
         self._followers: dict[str, set[Follower]] = {}
+        self._unanswered: dict[str, list[str]] = {}  # nonces of lease calls, by worker
         self._idle: dict[asyncio.Future[None], frozenset[str]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = -1
@@ -90,36 +112,57 @@ class RedisQueue:
 
     # ---- the gateways' side ----
 
-    async def submit(self, request: Generate) -> None:
-        try:
-            body = encode(request)
-            request = decode_generate(body)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise BadRequest(f"the request cannot travel: {error}") from error
+    async def submit(self, request: Generate) -> bool:
+        request, body = sealed(request)
         tokens, cap = request.max_total_tokens, self._limits.max_queued_tokens
-        if tokens > cap:
-            raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; the queue holds {cap:,}")
+        tenant_cap = self._limits.max_tenant_tokens if request.tenant else cap
+        check_size(tokens, cap, tenant_cap)
         deadline = "" if request.deadline_ms is None else request.deadline_ms
         outcome, *numbers = await self._call(
             "submit",
-            *(request.request_id, fingerprint(request), body, request.model, tokens, len(request.prompt_ids)),
-            *(-request.priority, deadline, self._channel),
+            *(request.request_id, fingerprint(request), body, encode(Facts.of(request)), request.model, tokens),
+            *(len(request.prompt_ids), -request.priority, deadline, self._channel),
+            *(request.tenant, request.weight, "1" if request.background else ""),
         )
         if outcome == b"conflict":
-            raise Conflict(f"request id {request.request_id!r} is taken by a request with another body")
-        if outcome == b"full":
-            outstanding, pressed, ended = int(numbers[0]), float(numbers[1]), float(numbers[2])
-            taken = f"{outstanding:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
-            wait_s = _seconds_for(outstanding + tokens - cap, pressed, ended)
-            raise QueueFull(f"the queue is full: {taken}", retry_after_s=wait_s)
+            raise taken(request.request_id)
+        if outcome == b"unserved":
+            raise unserved(request.model)
+        if outcome in (b"full", b"tenant"):
+            is_tenant = outcome == b"tenant"
+            occupied, over, pressed, ended = int(numbers[0]), int(numbers[1]), float(numbers[2]), float(numbers[3])
+            wait_s = _seconds_for(over, pressed, ended)
+            raise queue_full(tokens, occupied, tenant_cap if is_tenant else cap, wait_s, is_tenant=is_tenant)
+        return bool(outcome == b"accepted")
+
+    async def standing(self, request_id: str) -> Standing:
+        outcome, *found = await self._call("standing", request_id)
+        if outcome == b"unknown":
+            raise unknown(request_id)
+        facts, status, num_tokens, terminal = found
+        event = decode_event(terminal) if terminal else None
+        if isinstance(event, Tokens):
+            raise ValueError(f"request {request_id!r} ended with tokens; this is a bug")
+        return Standing(decode_facts(facts), _STATUS[status], int(num_tokens), event)
 
     async def cancel(self, request_id: str) -> None:
         (outcome,) = await self._call("cancel", request_id)
         if outcome == b"unknown":
             raise unknown(request_id)
 
+    async def abandon(self, request_id: str) -> None:
+        await self._call("abandon", request_id, self._channel)
+
     def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
         return Reader(self, request_id, start)
+
+    async def report(self, report: WorkerReport) -> None:
+        await self._call("report", report.worker_id, encode(report), int(report.is_draining), *report.models)
+
+    async def workers(self) -> list[SeenWorker]:
+        (found,) = await self._call("workers")
+        seen = [SeenWorker(decode_report(raw), int(age_ms)) for raw, age_ms in found]
+        return sorted(seen, key=lambda each: each.report.worker_id)
 
     async def depth(self, model: str | None = None) -> Depth:
         return Depth(*(int(number) for number in await self._call("depth", model or "")))
@@ -132,12 +175,7 @@ class RedisQueue:
         while True:
             offered = self._await_offer(frozenset(budget.models))  # before the call: what comes meanwhile is not missed
             try:
-                (found,) = await self._call(
-                    "lease",
-                    *(budget.max_requests, budget.max_tokens, budget.capacity_tokens, *budget.models),
-                    is_repeatable=False,
-                )
-                leases = [_lease(*each) for each in found]
+                leases = await self._lease_once(budget)
                 if leases or loop.time() >= give_up_s:
                     return leases
                 with contextlib.suppress(TimeoutError):
@@ -148,6 +186,21 @@ class RedisQueue:
                 offered.cancel()
             if self._is_closed:
                 return []
+
+    async def _lease_once(self, budget: LeaseBudget) -> list[Lease]:
+        # A call whose reply was lost is made again, by its nonce: the next call returns what it has handed out.
+        nonces = self._unanswered.setdefault(budget.worker_id, [])
+        nonce = nonces.pop() if nonces else secrets.token_hex(8)
+        try:
+            (found,) = await self._call(
+                "lease",
+                *(budget.worker_id, nonce, budget.max_requests, budget.max_tokens, budget.capacity_tokens),
+                *(int(budget.takes_suspect), *budget.models),
+            )
+        except BaseException:
+            nonces.append(nonce)
+            raise
+        return [_lease(*each) for each in found]
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
         if not appends:
@@ -216,12 +269,12 @@ class RedisQueue:
 
     # ---- calls ----
 
-    async def _call(self, function: str, *arguments: object, is_repeatable: bool = True) -> list[Any]:
+    async def _call(self, function: str, *arguments: object) -> list[Any]:
         self.check_open()
         name = f"{self._library}_{function}"
         for is_last in (False, True):
             try:
-                answer: Any = self._client.fcall(name, 1, self._prefix, *self._arguments, *arguments)
+                answer: Any = self._client.fcall(name, 1, self._prefix, self._limit_text, *arguments)
                 reply = await answer
                 self._answers = True
                 break
@@ -231,7 +284,7 @@ class RedisQueue:
                 await load_library(self._client)  # a Redis that has lost its functions, or a replica made master
             except _LOST as error:
                 self._note_away()
-                if is_last or not is_repeatable:
+                if is_last:
                     raise Unavailable(f"Redis cannot be reached: {error}") from error
         self._set_timer(int(reply[0]), int(reply[1]))
         rest: list[Any] = reply[2:]
@@ -320,10 +373,6 @@ class RedisQueue:
         return woken
 
 
-def unknown(request_id: str) -> UnknownRequest:
-    return UnknownRequest(f"no request {request_id!r}: never accepted, or its log has expired")
-
-
 def unframed(data: bytes) -> Iterator[tuple[str, int, bytes, bytes]]:
     """(request id, first index, token bytes, terminal or empty) of each request in a message of millrace.lua."""
     at = 0
@@ -360,8 +409,8 @@ def _append_arguments(append: Append) -> list[object]:
     return [event.request_id, append.epoch, "x" if isinstance(event, Failed) else "f", 0, encoded, completed]
 
 
-def _lease(body: bytes, epoch: int, log: bytes, delivery: int) -> Lease:
-    return Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery)
+def _lease(body: bytes, epoch: int, log: bytes, delivery: int, is_suspect: int) -> Lease:
+    return Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery, bool(is_suspect))
 
 
 def _refusals(found: Sequence[Sequence[Any]]) -> list[Refusal]:

@@ -6,6 +6,7 @@ update needs no moment at which all change at once; data is the same for both.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Final
 from redis.asyncio import Redis
 
 from services.queues.drain_rate import WINDOW_MS
+from services.queues.fair_share import UNITS
+from services.queues.protocol_core import QueueLimits
 from wire.errors import DeadlineExceeded, WorkerLost
 
 SOURCE: Final = Path(__file__).with_name("millrace.lua")
-FUNCTIONS: Final = ("submit", "cancel", "follow", "depth", "lease", "publish", "renew", "release", "sweep")
 
 Client = Redis  # Sentinel's masters are of this class too
 
@@ -29,6 +31,8 @@ def library() -> tuple[str, str]:
     text = SOURCE.read_text("utf-8")
     facts = {
         "window_ms": str(WINDOW_MS),
+        "units": str(UNITS),
+        "limits": ", ".join(f"'{limit.name}'" for limit in fields(QueueLimits)),
         "deadline_code": DeadlineExceeded.code,
         "deadline_retryable": str(DeadlineExceeded.retryable).lower(),
         "lost_code": WorkerLost.code,

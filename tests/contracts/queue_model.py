@@ -33,6 +33,10 @@ class Life:
     readers_saw: list[int] = field(default_factory=list)
 
     @property
+    def is_suspect(self) -> bool:
+        return self.deliveries == DELIVERIES - 1
+
+    @property
     def place(self) -> tuple[int, int]:
         return -self.request.priority, self.arrival
 
@@ -59,6 +63,15 @@ class QueueModel:
             (life for life in self.known.values() if not life.end and life.running_until_ms is None),
             key=lambda life: life.place,
         )
+
+    def handed_out(self, max_requests: int, *, takes_suspect: bool) -> list[Life]:
+        """Who is leased next: a worker takes one that may not be delivered again, or none if it holds one."""
+        chosen: list[Life] = []
+        for life in self.waiting():
+            if len(chosen) < max_requests and (takes_suspect or not life.is_suspect):
+                chosen.append(life)
+                takes_suspect = takes_suspect and not life.is_suspect
+        return chosen
 
     def lease(self, life: Life, epoch: int) -> None:
         life.owner = epoch

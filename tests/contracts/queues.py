@@ -10,7 +10,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from redis.asyncio import Redis
@@ -23,6 +23,7 @@ from wire.messages import Event, Failed, Finished, FinishReason, Generate, Token
 from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
 
 MODEL = "m"
+ORPHAN_MS = 30_000
 PATIENCE_S = 10.0  # a test that waits longer than this hangs
 
 
@@ -33,8 +34,12 @@ class QueueOptions:
     lease_ms: int = 6_000
     max_deliveries: int = 3
     max_queued_tokens: int = 1_000_000
+    max_tenant_tokens: int = 1_000_000
     log_ttl_ms: int = 60_000
+    background_ttl_ms: int = 600_000
     max_overtakes: int = 4
+    worker_ttl_ms: int = 30_000
+    refuses_unserved: bool = False
 
 
 class QueueRig(Protocol):
@@ -54,14 +59,7 @@ QueueFactory = Callable[[QueueOptions], AbstractAsyncContextManager[QueueRig]]
 class MemoryRig:
     def __init__(self, options: QueueOptions) -> None:
         self._now_ms = 1_700_000_000_000
-        self._queue = MemoryQueue(
-            now_ms=lambda: self._now_ms,
-            lease_ms=options.lease_ms,
-            max_deliveries=options.max_deliveries,
-            max_queued_tokens=options.max_queued_tokens,
-            log_ttl_ms=options.log_ttl_ms,
-            max_overtakes=options.max_overtakes,
-        )
+        self._queue = MemoryQueue(now_ms=lambda: self._now_ms, **asdict(options))
 
     @property
     def queue(self) -> Queue:
@@ -101,13 +99,7 @@ class RedisRig:
 
 @asynccontextmanager
 async def redis_rig(options: QueueOptions) -> AsyncIterator[QueueRig]:
-    limits = QueueLimits(
-        lease_ms=options.lease_ms,
-        max_deliveries=options.max_deliveries,
-        max_queued_tokens=options.max_queued_tokens,
-        log_ttl_ms=options.log_ttl_ms,
-        max_overtakes=options.max_overtakes,
-    )
+    limits = QueueLimits(**asdict(options), orphan_ms=ORPHAN_MS)
     partition = secrets.token_hex(4)
     async with Redis(unix_socket_path=redis_socket()) as client:
         await client.set(f"mr:{{{partition}}}:clock", 1_700_000_000_000)
@@ -127,6 +119,9 @@ def generate(
     model: str = MODEL,
     priority: int = 0,
     deadline_ms: int | None = None,
+    tenant: str = "",
+    weight: int = 1,
+    background: bool = False,
 ) -> Generate:
     return Generate(
         request_id,
@@ -135,13 +130,21 @@ def generate(
         max_tokens,
         priority=priority,
         deadline_ms=deadline_ms,
+        tenant=tenant,
+        weight=weight,
+        background=background,
     )
 
 
 def budget(
-    *models: str, max_requests: int = 100, max_tokens: int = 10**9, capacity_tokens: int = 10**9, worker_id: str = "w"
+    *models: str,
+    max_requests: int = 100,
+    max_tokens: int = 10**9,
+    capacity_tokens: int = 10**9,
+    worker_id: str = "w",
+    takes_suspect: bool = True,
 ) -> LeaseBudget:
-    return LeaseBudget(worker_id, models or (MODEL,), max_requests, max_tokens, capacity_tokens)
+    return LeaseBudget(worker_id, models or (MODEL,), max_requests, max_tokens, capacity_tokens, takes_suspect)
 
 
 async def lease_one(queue: Queue, request_id: str = "r") -> Lease:

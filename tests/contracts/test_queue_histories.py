@@ -31,8 +31,8 @@ from tests.contracts.queues import (
     tokens,
 )
 from wire.errors import Conflict, UnknownRequest
-from wire.messages import Event, Failed, Finished, Generate, Tokens, Usage
-from wire.queue import Lease, Refusal, RefusalReason
+from wire.messages import Event, Facts, Failed, Finished, Generate, Tokens, Usage
+from wire.queue import Lease, Refusal, RefusalReason, Status
 
 OPTIONS = QueueOptions(lease_ms=LEASE_MS, max_deliveries=DELIVERIES, log_ttl_ms=TTL_MS)
 # Calls happen at multiples of 10 ms and deadlines 5 ms beside them: no two things fall due in the same tick.
@@ -96,6 +96,19 @@ class History(RuleBasedStateMachine):
             with pytest.raises(UnknownRequest):
                 self.runner.run(self.queue.cancel(request_id))
 
+    @rule(request_id=request_ids)
+    def look(self, request_id: str) -> None:
+        life = self.model.known.get(request_id)
+        if life is None:
+            with pytest.raises(UnknownRequest):
+                self.runner.run(self.queue.standing(request_id))
+            return
+        standing = self.runner.run(self.queue.standing(request_id))
+        status = Status.ENDED if life.end else Status.WAITING if life.running_until_ms is None else Status.RUNNING
+        assert (standing.facts, standing.status) == (Facts.of(life.request), status)
+        assert standing.num_tokens == len(life.log)
+        assert (standing.terminal is not None) == bool(life.end)
+
     @rule(request_id=request_ids, start=st.integers(0, 6))
     def read_from(self, request_id: str, start: int) -> None:
         life = self.model.known.get(request_id)
@@ -117,12 +130,13 @@ class History(RuleBasedStateMachine):
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    @rule(target=leases, max_requests=st.integers(1, 3))
-    def lease(self, max_requests: int):  # type: ignore[no-untyped-def]  # Hypothesis gives multiple() no type to name
-        expected = self.model.waiting()[:max_requests]
-        given = self.runner.run(self.queue.lease(budget(max_requests=max_requests)))
+    @rule(target=leases, max_requests=st.integers(1, 3), takes_suspect=st.booleans())
+    def lease(self, max_requests: int, takes_suspect: bool):  # type: ignore[no-untyped-def]  # multiple() has no type
+        expected = self.model.handed_out(max_requests, takes_suspect=takes_suspect)
+        given = self.runner.run(self.queue.lease(budget(max_requests=max_requests, takes_suspect=takes_suspect)))
         assert [lease.request for lease in given] == [life.request for life in expected]
         for life, lease in zip(expected, given, strict=True):
+            assert lease.is_suspect == life.is_suspect
             assert lease.epoch not in self.epochs
             self.epochs.add(lease.epoch)
             self.model.lease(life, lease.epoch)
@@ -201,10 +215,10 @@ class History(RuleBasedStateMachine):
             self.runner.close()
 
     async def _wind_up(self) -> None:
-        for _ in range(DELIVERIES + 1):
-            given = {lease.request.request_id: lease for lease in await self.queue.lease(budget())}
-            for life in self.model.waiting():
-                self.model.lease(life, given[life.request.request_id].epoch)
+        for _ in range(DELIVERIES + 4):  # of suspects only one at a time
+            given = await self.queue.lease(budget())
+            for life, lease in zip(self.model.handed_out(100, takes_suspect=True), given, strict=True):
+                self.model.lease(life, lease.epoch)
             await self._pass(LEASE_MS // TICK_MS)
         assert await self.queue.depth() == self.model.depth()
         assert all(life.end for life in self.model.known.values())

@@ -59,23 +59,23 @@ def test_separate_processes_answer_as_one_does(
 def test_a_stream_survives_the_death_of_its_worker(
     shipped_settings: Settings, redis: RedisServer, expected: list[int]
 ) -> None:
-    """Killed in the middle of four streams; another worker continues each at the next token, and no token differs."""
+    """Killed in the middle of many streams; another worker continues each at the next token, and no token differs."""
     store = shipped_settings.store
     body = {**LONG, "temperature": 0.9, "seed": 7}
     with (
         serve(store, "gateway", **over(redis)) as gateway,
         gateway.client() as client,
         serve(store, "worker", **over(redis)) as first,
-        concurrent.futures.ThreadPoolExecutor(4) as pool,
+        concurrent.futures.ThreadPoolExecutor(24) as pool,
     ):
         sampled = streamed(client, body)
-        streams = [pool.submit(streamed, client, each) for each in (LONG, body, LONG, body)]
-        until(lambda: running(first) == 4)
+        streams = [pool.submit(streamed, client, each) for each in (LONG, body) * 12]
+        until(lambda: running(first) > 4)
         first.process.send_signal(signal.SIGKILL)
-        assert not any(stream.done() for stream in streams)
+        assert not all(stream.done() for stream in streams)
         with serve(store, "worker", **over(redis)):
             answers = [stream.result(60) for stream in streams]
-    assert answers == [expected, sampled, expected, sampled]
+    assert answers == [expected, sampled] * 12
 
 
 def test_redis_may_go_away_and_come_back(shipped_settings: Settings, redis: RedisServer, expected: list[int]) -> None:

@@ -199,6 +199,7 @@ class Rig:
     telemetry: Recorder
     client: httpx.AsyncClient
     health: list[Health]  # the last one counts
+    models: Models
 
     async def is_idle(self) -> bool:
         depth = await self.queue.depth()
@@ -227,6 +228,18 @@ class Rig:
             return len(self.worker.requests) >= count
 
         await until(are_leased)
+
+    @asynccontextmanager
+    async def another(self) -> AsyncIterator[httpx.AsyncClient]:
+        """A client of a second gateway over the same queue."""
+        health = self.health[-1]
+        app = create_app(self.queue, self.models, health=lambda: health)
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://another") as client,
+        ):
+            yield client
 
     async def until_idle(self) -> None:
         """Wait until nothing waits or runs in the queue."""
@@ -258,7 +271,7 @@ async def rig(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        yield Rig(app, queue, worker, telemetry, client, health)
+        yield Rig(app, queue, worker, telemetry, client, health, models)
     working.cancel()
     with suppress(asyncio.CancelledError):
         await working

@@ -138,7 +138,7 @@ BODIES: list[tuple[str, str | bytes, str | None, str]] = [
     ("frequency_penalty", body(frequency_penalty="-2"), "frequency_penalty", NOT_YET),
     ("repetition_penalty", body(repetition_penalty="1.1"), "repetition_penalty", NOT_YET),
     ("response_format", body(response_format='{"type": "json_object"}'), "response_format", NOT_YET),
-    ("background", body(background="true"), "background", NOT_YET),
+    ("background as text", body(background='"yes"'), "background", "true or false"),
     ("best_of", body(best_of="2"), "best_of", NOT_YET),
 ]  # fmt: skip
 
@@ -163,7 +163,7 @@ async def test_an_unknown_model_is_a_404_that_lists_what_is_served(name: str) ->
 async def test_fields_that_ask_for_nothing_are_accepted() -> None:
     neutral = {
         "n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0.0,
-        "repetition_penalty": 1, "logit_bias": {}, "response_format": {"type": "text"}, "background": False,
+        "repetition_penalty": 1, "logit_bias": {}, "response_format": {"type": "text"},
         "seed": None,
     }  # fmt: skip
     async with rig() as gateway:
@@ -267,8 +267,8 @@ async def test_the_tokenizer_routes_refuse_in_the_same_words(path: str, raw: str
 @pytest.mark.parametrize(
     ("method", "path", "status", "code", "param", "words"),
     [
-        ("GET", "/streams/gen-nobody", 404, "unknown_request", None, "no such request"),
-        ("GET", "/requests/gen-nobody", 404, "unknown_request", None, "no such request"),
+        ("GET", "/streams/gen-nobody", 404, "unknown_request", None, "never accepted"),
+        ("GET", "/requests/gen-nobody", 404, "unknown_request", None, "never accepted"),
         ("DELETE", "/requests/gen-nobody", 404, "unknown_request", None, "never accepted"),
         ("GET", "/streams/gen-nobody?from=-1", 400, "bad_request", "from", "greater than or equal to 0"),
         ("GET", "/streams/gen-nobody?from=NaN", 400, "bad_request", "from", "integer"),

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.admission import Admitted
 from gateway.answers import Chunk
 from gateway.completion import Completion
 from gateway.ledger import Ticket
 from tests.gateway.support import TOKENIZER, ids_of, served_model, text_of, without_deadline
 from wire.errors import Internal
-from wire.messages import Generate, Tokens
+from wire.messages import Facts, Generate, Tokens
 
 MODEL = served_model()
 some_ids = st.lists(st.integers(0, 300), min_size=1, max_size=40)  # special tokens, bytes and short words
@@ -23,8 +22,8 @@ some_stops = st.lists(st.sampled_from(["a", "th", "e ", "\n", " s", "ing", "�"
 
 
 def ticket(stop: Sequence[str] = (), min_tokens: int = 0) -> Ticket:
-    request = Generate("r", MODEL.model_id, [5], max_tokens=1_000, min_tokens=min_tokens)
-    return Ticket(Admitted(request, MODEL, tuple(stop), arrived_at=0.0))
+    request = Generate("r", MODEL.model_id, [5], max_tokens=1_000, min_tokens=min_tokens, stop=list(stop))
+    return Ticket("r", Facts.of(request), MODEL, arrived_at=0.0)
 
 
 def read(of: Ticket, token_ids: Sequence[int], cuts: Sequence[int], start: int = 0) -> tuple[Completion, list[Chunk]]:

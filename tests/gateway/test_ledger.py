@@ -7,26 +7,27 @@ import asyncio
 import pytest
 
 from gateway.admission import Admitted
+from gateway.caller import NOBODY, Caller
 from gateway.completion import fold, follow
 from gateway.ledger import Ledger
-from gateway.limits import GatewayLimits
+from gateway.models import Models
 from services.queues.memory import MemoryQueue
 from tests.gateway.support import Recorder, rig, served_model, stream, until
-from wire.errors import BadRequest, QueueFull, UnknownRequest
+from wire.errors import BadRequest, Conflict, QueueFull, UnknownRequest
 from wire.messages import Finished, Generate, Tokens, Usage
-from wire.queue import Append, LeaseBudget
+from wire.queue import Append, LeaseBudget, Status
 
 MODEL = served_model()
 BUDGET = LeaseBudget("w", (MODEL.model_id,), max_requests=9, max_tokens=10**6, capacity_tokens=10**6)
 
 
 def admitted(request_id: str, max_tokens: int = 5) -> Admitted:
-    return Admitted(Generate(request_id, MODEL.model_id, [70], max_tokens), MODEL, (), arrived_at=0.0)
+    return Admitted(Generate(request_id, MODEL.model_id, [70], max_tokens), MODEL, arrived_at=0.0)
 
 
-def ledger(queue: MemoryQueue, **limits: float) -> tuple[Ledger, Recorder]:
+def ledger(queue: MemoryQueue) -> tuple[Ledger, Recorder]:
     telemetry = Recorder()
-    return Ledger(queue, GatewayLimits(**limits), telemetry), telemetry  # type: ignore[arg-type]
+    return Ledger(queue, Models([MODEL]), telemetry), telemetry
 
 
 async def is_idle(queue: MemoryQueue) -> bool:
@@ -47,13 +48,13 @@ async def test_a_request_that_nobody_comes_to_read_is_cancelled() -> None:
     queue = MemoryQueue()
     tickets, telemetry = ledger(queue)
     ticket = await tickets.submit(admitted("a"))
-    assert tickets.state(ticket).status == "queued"
+    assert (await tickets.standing("a", NOBODY)).status is Status.WAITING
 
     async def is_over() -> bool:
         return await is_idle(queue)
 
     await until(is_over)
-    assert tickets.state(ticket).finish_reason == "cancelled"
+    assert ticket.finish_reason == "cancelled"
     assert [done.finish_reason for done in telemetry.ended] == ["cancelled"]
 
 
@@ -86,7 +87,7 @@ async def test_a_request_that_has_ended_is_not_cancelled_afterwards() -> None:
 class LostReply(MemoryQueue):
     """A queue that takes the request in and then loses the connection."""
 
-    async def submit(self, request: Generate) -> None:
+    async def submit(self, request: Generate) -> bool:
         await super().submit(request)
         raise ConnectionError
 
@@ -100,7 +101,7 @@ async def test_a_submit_with_an_unknown_end_is_cancelled_in_the_queue() -> None:
     assert await is_idle(queue)
     assert telemetry.admissions == 0
     with pytest.raises(UnknownRequest):
-        tickets.find("a")
+        await tickets.find("b", NOBODY)
 
 
 @pytest.mark.parametrize(("max_tokens", "error"), [(50, QueueFull), (500, BadRequest)])
@@ -111,33 +112,76 @@ async def test_a_refused_submit_leaves_no_ticket(max_tokens: int, error: type[Ex
     with pytest.raises(error):
         await tickets.submit(admitted("b", max_tokens))
     with pytest.raises(UnknownRequest):
-        tickets.find("b")
+        await tickets.find("b", NOBODY)
     await tickets.close()
 
 
-async def test_only_so_many_ended_requests_are_remembered() -> None:
+async def test_what_was_abandoned_or_has_ended_leaves_no_ticket() -> None:
     queue = MemoryQueue()
-    tickets, _ = ledger(queue, remembered_requests=2)
-    for request_id in "abc":
-        ticket = await tickets.submit(admitted(request_id))
-        await answer(queue)
-        with tickets.reading(ticket, grace_s=0.0):
-            await fold(ticket, follow(tickets, ticket))
-    with pytest.raises(UnknownRequest):
-        tickets.find("a")
-    assert tickets.find("c").finish_reason == "stop"
-
-
-async def test_ended_requests_are_remembered_only_so_long() -> None:
-    queue = MemoryQueue()
-    tickets, _ = ledger(queue, remember_s=0.01)
-    ticket = await tickets.submit(admitted("a"))
+    tickets, _ = ledger(queue)
+    read, left = await tickets.submit(admitted("read")), await tickets.submit(admitted("left"))
     await answer(queue)
+    for ticket in (read, left):
+        with tickets.reading(ticket, grace_s=0.0):
+            if ticket is read:
+                await fold(ticket, follow(tickets, ticket))
+    await tickets.close()
+    assert tickets.num_live == 0
+
+
+async def test_another_gateway_makes_itself_a_ticket_and_counts_nothing() -> None:
+    queue = MemoryQueue()
+    first, _ = ledger(queue)
+    second, telemetry = ledger(queue)
+    await first.submit(admitted("a"))
+    await answer(queue)
+    ticket = await second.find("a", NOBODY)
+    with second.reading(ticket, grace_s=0.0):
+        whole = await fold(ticket, follow(second, ticket))
+    assert (whole.token_ids, whole.finish_reason) == ([71], "stop")
+    assert telemetry.admissions == len(telemetry.ended) == 0
+
+
+async def test_another_tenants_request_is_not_to_be_told_from_none() -> None:
+    queue = MemoryQueue()
+    tickets, _ = ledger(queue)
+    request = Generate("a", MODEL.model_id, [70], 5, tenant="one")
+    await tickets.submit(Admitted(request, MODEL, arrived_at=0.0))
+    assert (await tickets.find("a", Caller("one"))).id == "a"
+    words = []
+    for gateway in (tickets, ledger(queue)[0]):
+        for request_id in ("a", "never"):
+            with pytest.raises(UnknownRequest) as refused:
+                await gateway.find(request_id, Caller("two"))
+            words.append(refused.value.message.replace("never", "a"))
+    assert len(set(words)) == 1
+    await tickets.close()
+
+
+async def test_a_background_request_runs_on_when_nobody_reads_it() -> None:
+    queue = MemoryQueue()
+    tickets, _ = ledger(queue)
+    request = Generate("a", MODEL.model_id, [70], 5, background=True)
+    ticket = await tickets.submit(Admitted(request, MODEL, arrived_at=0.0))
     with tickets.reading(ticket, grace_s=0.0):
-        await fold(ticket, follow(tickets, ticket))
-    await asyncio.sleep(0.02)
-    with pytest.raises(UnknownRequest):
-        tickets.find("a")
+        pass
+    await tickets.close()
+    assert (await queue.depth()).queued_requests == 1
+    assert tickets.num_live == 0
+    await answer(queue)
+    assert (await tickets.standing("a", NOBODY)).status is Status.ENDED
+
+
+async def test_of_many_submits_with_one_id_there_is_one_ticket_and_one_count() -> None:
+    queue = MemoryQueue()
+    tickets, telemetry = ledger(queue)
+    found = await asyncio.gather(*(tickets.submit(admitted("a")) for _ in range(20)))
+    assert len({id(ticket) for ticket in found}) == 1
+    assert telemetry.admissions == 1
+    assert (await queue.depth()).queued_requests == 1
+    with pytest.raises(Conflict):
+        await tickets.submit(admitted("a", max_tokens=6))
+    assert (await tickets.find("a", NOBODY)) is found[0]
 
 
 async def test_a_stream_whose_log_the_queue_has_forgotten_is_a_404() -> None:

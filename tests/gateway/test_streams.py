@@ -71,7 +71,7 @@ async def test_a_request_can_be_cancelled_and_its_stream_says_so() -> None:
         assert (state.json()["status"], state.json()["finish_reason"]) == ("finished", "cancelled")
 
 
-async def test_the_state_of_a_request_that_waits_is_queued() -> None:
+async def test_the_state_of_a_request_that_has_been_leased_is_running() -> None:
     gate = asyncio.Event()
     async with rig(Script(first_step=gate)) as gateway:
         asking = asyncio.create_task(whole(gateway))
@@ -80,9 +80,10 @@ async def test_the_state_of_a_request_that_waits_is_queued() -> None:
         assert state.json() == {
             "id": gateway.worker.requests[0].request_id,
             "model": "millpond@0123456789ab",
-            "status": "queued",
+            "status": "running",
             "completion_tokens": 0,
             "finish_reason": None,
+            "answer": None,
         }
         gate.set()
         await asking
@@ -148,14 +149,3 @@ async def test_a_reader_that_takes_nothing_is_cut() -> None:
             await gateway.until_ended(1)
             await gateway.until_idle()
         assert [done.finish_reason for done in gateway.telemetry.ended] == ["cancelled"]
-
-
-async def test_when_the_application_ends_what_runs_is_cancelled() -> None:
-    async with rig(Script(silent_after=2)) as gateway:
-        streaming = asyncio.create_task(stream(gateway))
-        await gateway.until_tokens(2)
-        async with gateway.app.router.lifespan_context(gateway.app):
-            pass
-        await gateway.until_idle()
-        _, transcript = await streaming
-        assert sse_events(transcript)[-1].data["finish_reason"] == "cancelled"

@@ -230,7 +230,7 @@ BAD_REQUESTS: list[tuple[Frame, str, str | None, str]] = [
     ({"type": "generate", "input_ids": [70] * 5_000}, "context_length_exceeded", None, "over"),
     ({"type": "cancel"}, "unknown_request", "id", "no request with this id"),
     ({"type": "cancel", "from": 1}, "bad_request", "from", "unknown field"),
-    ({"type": "resume"}, "unknown_request", None, "no such request"),
+    ({"type": "resume"}, "unknown_request", None, "never accepted"),
     ({"type": "resume", "from": -1}, "bad_request", "from", "integer from 0"),
     ({"type": "resume", "from": "0"}, "bad_request", "from", "integer from 0"),
     ({"type": "resume", "prompt": "a"}, "bad_request", "prompt", "unknown field"),

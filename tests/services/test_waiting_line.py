@@ -18,7 +18,7 @@ def budget(max_requests: int, max_tokens: int, capacity_tokens: int = 100) -> Le
 
 def line_of(requests: list[tuple[int, int]]) -> tuple[WaitingLine, dict[str, Place]]:
     line = WaitingLine(MAX_OVERTAKES)
-    places = {f"r{i}": Place(-priority, i, tokens, f"r{i}") for i, (priority, tokens) in enumerate(requests)}
+    places = {f"r{i}": Place(-priority, 0, i, tokens, f"r{i}") for i, (priority, tokens) in enumerate(requests)}
     for place in places.values():
         line.add("m", place)
     return line, places
@@ -55,7 +55,7 @@ def test_who_joins_as_the_kth_is_overtaken_at_most_k_times_the_bound(steps: list
     waiting: list[Place] = []
     still_allowed: dict[str, int] = {}
     for arrival, (tokens, room, max_requests) in enumerate(steps):
-        joining = Place(0, arrival, tokens, f"r{arrival}")
+        joining = Place(0, 0, arrival, tokens, f"r{arrival}")
         line.add("m", joining)
         waiting.append(joining)
         still_allowed[joining.request_id] = len(waiting) * MAX_OVERTAKES
@@ -78,7 +78,7 @@ def test_a_pick_looks_no_further_than_it_may_skip() -> None:
 def test_a_request_that_was_taken_and_comes_back_may_be_overtaken_afresh() -> None:
     line, places = line_of([(0, 50)])
     for i in range(1, 20):
-        place = Place(0, i, 1, f"r{i}")
+        place = Place(0, 0, i, 1, f"r{i}")
         line.add("m", place)
         if line.pick(budget(1, 1)):
             line.remove("m", place)

@@ -1,8 +1,8 @@
 """What happens to every connection before any route sees it: pure ASGI, one object.
 
 Gives each request an id, counts its body as it arrives (bytes and time), and refuses what no route should have to
-think about: compressed bodies, malformed or foreign Host headers, web pages that may not open sockets. It is also
-the last `except` of a request.
+think about: compressed bodies, malformed or foreign Host headers, web pages that may not open sockets, clients without
+a key. Routes find the caller in the scope. It is also the last `except` of a request.
 """
 
 from __future__ import annotations
@@ -16,31 +16,38 @@ from collections.abc import Iterable
 from typing import Final
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.caller import CALLER, NOBODY, Caller
+from gateway.keys import AUTHORIZATION, OPEN_PATHS, KeyRing
 from gateway.limits import GatewayLimits
 from gateway.problems import REQUEST_ID, error_response
 from gateway.telemetry import Telemetry
-from wire.errors import BadRequest, MillraceError, RequestTooLarge
+from wire.errors import BadRequest, MillraceError, RequestTooLarge, Unauthorized
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED: Final = 499  # nginx's word for a request whose client has left
+POLICY_VIOLATION: Final = 1008
 DISCARD_BYTES: Final = 16 << 20  # of a body that is refused
 DISCARD_S: Final = 2.0
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _METHODS: Final = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
-_WANTED: Final = frozenset((b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding", b"expect"))
+_WANTED: Final = frozenset(
+    (b"authorization", b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding", b"expect")
+)
 
 
 class Edge:
-    """Middleware around the whole application."""
+    """Middleware around the whole application. Without `keys` everybody may come in, as nobody in particular."""
 
-    def __init__(self, app: ASGIApp, limits: GatewayLimits, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, limits: GatewayLimits, telemetry: Telemetry, keys: KeyRing | None) -> None:
         self._app = app
         self._limits = limits
         self._telemetry = telemetry
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -56,16 +63,18 @@ class Edge:
         exchange = _Exchange(_request_id(headers), receive, send, self._limits)
         scope[REQUEST_ID] = exchange.request_id
         try:
-            self._check_host(headers, twice)
             exchange.check_headers(headers)
+            self._check_host(headers, twice)
+            if scope["path"] not in OPEN_PATHS:
+                scope[CALLER] = self._caller(headers, twice)
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             pass
         except Exception as error:
             if exchange.status is not None:
                 raise  # too late for an answer: the server closes the connection
-            response = error_response(error, exchange.request_id, self._telemetry)
-            await response(scope, exchange.receive, exchange.send)
+            exchange.is_refused = True
+            await self._refusal(error, exchange.request_id)(scope, exchange.receive, exchange.send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - started
@@ -78,14 +87,41 @@ class Edge:
         try:
             self._check_host(headers, twice)
             self._check_origin(headers)
+            scope[CALLER] = self._caller(headers, twice)
         except MillraceError as error:
             await receive()  # websocket.connect
             if "websocket.http.response" in scope.get("extensions", {}):
-                await error_response(error, request_id, self._telemetry)(scope, receive, send)
+                await self._refusal(error, request_id)(scope, receive, send)
             else:
-                await send({"type": "websocket.close", "code": 1008})
+                await send({"type": "websocket.close", "code": POLICY_VIOLATION})
             return
-        await self._app(scope, receive, send)
+
+        async def receive_while_welcome() -> Message:
+            """A socket may outlive its key: no frame is taken after that, as no request would be."""
+            message = await receive()
+            if message["type"] == "websocket.receive":
+                try:
+                    self._caller(headers, twice)
+                except MillraceError as error:
+                    self._telemetry.refused(error.code)
+                    await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+                    return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
+            return message
+
+        await self._app(scope, receive_while_welcome, send)
+
+    def _caller(self, headers: dict[bytes, bytes], twice: set[bytes]) -> Caller:
+        if self._keys is None:
+            return NOBODY
+        if b"authorization" in twice:
+            raise Unauthorized("there is more than one Authorization header", param=AUTHORIZATION)
+        return self._keys.caller(headers.get(b"authorization"))
+
+    def _refusal(self, error: Exception, request_id: str) -> Response:
+        response = error_response(error, request_id, self._telemetry)
+        if isinstance(error, Unauthorized):
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
     def _check_host(self, headers: dict[bytes, bytes], twice: set[bytes]) -> None:
         raw = headers.get(b"host")
@@ -110,11 +146,11 @@ class _Exchange:
     __slots__ = (
         "_body_bytes",
         "_has_body",
-        "_is_refused",
         "_limits",
         "_may_discard",
         "_receive",
         "_send",
+        "is_refused",
         "request_id",
         "status",
     )
@@ -122,19 +158,19 @@ class _Exchange:
     def __init__(self, request_id: str, receive: Receive, send: Send, limits: GatewayLimits) -> None:
         self.request_id = request_id
         self.status: int | None = None
+        self.is_refused = False  # what is left of the body will not be read
         self._receive = receive
         self._send = send
         self._limits = limits
         self._body_bytes = 0
         self._has_body = False  # all of it
-        self._is_refused = False
         self._may_discard = True
 
     def check_headers(self, headers: dict[bytes, bytes]) -> None:
+        self._may_discard = b"expect" not in headers  # such a client waits to be told that it may send
         encoding = headers.get(b"content-encoding", b"identity")
         if encoding.lower() != b"identity":
             raise BadRequest("compressed bodies are not accepted", param="Content-Encoding")
-        self._may_discard = b"expect" not in headers  # such a client waits to be told that it may send
         length = headers.get(b"content-length")
         if length is None:
             return
@@ -160,7 +196,7 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own = [(b"x-request-id", self.request_id.encode())]
-            if self._is_refused and not await self._has_discarded_the_rest():
+            if self.is_refused and not await self._has_discarded_the_rest():
                 own.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", ()), *own]}
         await self._send(message)
@@ -174,7 +210,7 @@ class _Exchange:
             raise self._refusal(RequestTooLarge(f"the body has more than {limit:,} bytes, the limit of this server"))
 
     def _refusal(self, error: MillraceError) -> MillraceError:
-        self._is_refused = True
+        self.is_refused = True
         return error
 
     async def _has_discarded_the_rest(self) -> bool:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from gateway import answers
+from gateway.keys import OPEN_PATHS
 from gateway.schemas import DetokenizeBody, GenerateBody, TokenizeBody
 
 _REF: Final = "#/components/schemas/"
@@ -63,7 +64,7 @@ def error_responses() -> dict[int | str, Json]:
     return {"4XX": {"description": "The client's mistake.", **error}, "5XX": {"description": "Ours.", **error}}
 
 
-def describe(app: FastAPI) -> Json:
+def describe(app: FastAPI, *, needs_key: bool) -> Json:
     """The whole document."""
     document: Json = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _, bodies = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REF + "{model}")
@@ -71,4 +72,10 @@ def describe(app: FastAPI) -> Json:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas |= bodies.get("$defs", {})
     schemas |= structs
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        for path in OPEN_PATHS & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
     return document

@@ -10,11 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from batcher.backend import BackendError
 from kernels.loader import KernelsUnavailable
 from services.settings import SettingsError, add_flags, package_version, read_settings
 from wire.errors import BadRequest, MillraceError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # argparse's own name for it is private
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--json", action="store_true")
         action.set_defaults(command=_engines, action=name)
 
+    keys = _add_keys(commands)
+
     doctor = commands.add_parser("doctor", help="this machine, and the sizes that would be chosen here")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(command=_doctor)
@@ -134,9 +139,29 @@ def _parser() -> argparse.ArgumentParser:
         engine,
         *actions.choices.values(),
         *engine_actions.choices.values(),
+        *keys.choices.values(),
     ):
         add_flags(leaf)
     return parser
+
+
+def _add_keys(commands: Commands) -> Commands:
+    keys = commands.add_parser("keys", help="API keys of the gateway, in the file of --keys-file")
+    actions: Commands = keys.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="a new key; its secret is printed once and kept nowhere")
+    create.add_argument("--tenant", required=True, help="whose key it is: up to 64 of A-Z a-z 0-9 . _ -")
+    create.add_argument("--weight", type=int, default=1, help="the tenant's share among those who wait (1 to 64)")
+    create.add_argument("--expires", metavar="90d", help="after so many minutes, hours or days: 30m, 12h, 90d")
+    create.add_argument("--note", default="", help="for those who read the list")
+    create.set_defaults(command=_keys_create)
+    show_list = actions.add_parser("list", help="all keys, without their secrets")
+    show_list.set_defaults(command=_keys_list)
+    revoke = actions.add_parser("revoke", help="let a key in no more; running gateways hear of it within a second")
+    revoke.add_argument("id", help="as `keys list` shows it")
+    revoke.set_defaults(command=_keys_revoke)
+    for action in (create, show_list, revoke):
+        action.add_argument("--json", action="store_true")
+    return actions
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -218,6 +243,31 @@ def _engines(arguments: argparse.Namespace) -> int:
     from services.backends.tensorrt import TensorRtMachine
 
     return build_engines(settings, arguments.model, TensorRtMachine(), as_json=arguments.json)
+
+
+def _keys_create(arguments: argparse.Namespace) -> int:
+    from services import key_commands
+
+    return key_commands.create(
+        read_settings(arguments),
+        arguments.tenant,
+        weight=arguments.weight,
+        expires=arguments.expires,
+        note=arguments.note,
+        as_json=arguments.json,
+    )
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    from services import key_commands
+
+    return key_commands.show_list(read_settings(arguments), as_json=arguments.json)
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    from services import key_commands
+
+    return key_commands.revoke(read_settings(arguments), arguments.id, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """`millrace gateway`: HTTP and text in a process of its own, over the queue that it shares with workers.
 
 While Redis is away it is not ready, new requests are answered 503, and open streams wait. On SIGTERM open streams have
-drain_s to come to their end. A stream is resumed at the gateway that took it in: its stop strings are known only there.
+drain_s to come to their end; what is cut off then goes on at another gateway, whose client has 30 s to come.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from services.serving import (
     begin,
     expose_metrics,
     gateway_limits,
+    keys_of,
     on_signals,
     run_loop,
     say_where,
@@ -37,6 +38,7 @@ def run_gateway(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:
+    keys = keys_of(settings, listener)
     queue = await open_queue(settings)
     registry = CollectorRegistry()
     draining = asyncio.Event()
@@ -52,13 +54,14 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
         limits=limits,
         health=health,
         telemetry=GatewayMetrics(registry),
+        keys=keys,
         version=package_version(),
     )
     expose_metrics(settings, app, registry)
     server = Server(uvicorn_config(settings, app, ending_s=settings.drain_s))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
-    say_where(listener, [model.manifest.model_id for model in models])
+    say_where(listener, [model.manifest.model_id for model in models], needs_key=keys is not None)
     stop = asyncio.create_task(draining.wait())
     await asyncio.wait([stop, serving], return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +23,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.keys import BadKeyFile, KeyRing
 from gateway.limits import GatewayLimits
 from services.loading import StoredModel, find_model
 from services.model_commands import ensure_shipped
@@ -52,6 +55,25 @@ def begin(settings: Settings) -> tuple[list[StoredModel], socket.socket]:
     if not models:
         raise SettingsError("models names no model; set MILLRACE_MODELS to a name of `millrace models list`")
     return models, listen(settings)
+
+
+def keys_of(settings: Settings, listener: socket.socket) -> KeyRing | None:
+    """The keys that let clients in; None if anybody may: on loopback, or by the operator's word.
+
+    Raises SettingsError, of a file that cannot be read as well.
+    """
+    if settings.keys_file:
+        try:
+            return KeyRing(Path(settings.keys_file).expanduser())
+        except BadKeyFile as error:
+            raise SettingsError(f"keys_file: {error}") from None
+    address = listener.getsockname()[0]  # what the name in `host` has come to
+    if settings.open_access == "no" and not ipaddress.ip_address(address).is_loopback:
+        raise SettingsError(
+            f"other machines can reach {settings.host or address}, and no keys are asked for; set MILLRACE_KEYS_FILE to"
+            " a file that `millrace keys create` has written, or MILLRACE_OPEN_ACCESS=yes to let everybody in"
+        )
+    return None
 
 
 def gateway_limits(settings: Settings) -> GatewayLimits:
@@ -131,13 +153,14 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def say_where(listener: socket.socket, model_ids: Sequence[str]) -> None:
+def say_where(listener: socket.socket, model_ids: Sequence[str], *, needs_key: bool) -> None:
     """Print the address and a line to try."""
     address = address_of(listener)
+    key = " -H 'authorization: Bearer YOUR-KEY'" if needs_key else ""
     message = '{"messages": [{"role": "user", "content": "What is 12 + 30?"}]}'
     print(
         f"\nMillrace serves {', '.join(model_ids)} at {address}\n\nTry:\n"
-        f"  curl -s {address}/generate -H 'content-type: application/json' -d '{message}'\n",
+        f"  curl -s {address}/generate -H 'content-type: application/json'{key} -d '{message}'\n",
         file=sys.stdout,
         flush=True,
     )

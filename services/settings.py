@@ -48,7 +48,7 @@ class Settings:
     keys_file: Annotated[str, About("file of API keys that `millrace keys` writes; empty = no keys are asked for")] = ""
     open_access: Annotated[
         str,
-        About("without keys_file, may the gateway listen where others than this machine reach it", choices=("no", "yes")),
+        About("without keys_file, may other machines reach the gateway", choices=("no", "yes")),
     ] = "no"
     redis_url: Annotated[str, About("where `gateway` and `worker` meet: redis://, rediss:// or unix://")] = (
         "redis://127.0.0.1:6379/0"

@@ -4,6 +4,8 @@ MillraceError
 ├── BadRequest               400  a field is missing, malformed, out of bounds or not supported
 │   ├── ContextLengthExceeded 413  prompt + max_tokens do not fit the model's context
 │   └── RequestTooLarge       413  the request can never fit this server's KV pool, or the body is too large
+├── Unauthorized             401  no key, or one that is not known here
+├── Forbidden                403  a key that is known and may no longer be used
 ├── NotFound                 404
 │   ├── UnknownModel          404
 │   └── UnknownRequest        404
@@ -57,6 +59,20 @@ class RequestTooLarge(BadRequest):
 
     code = "request_too_large"
     http_status = 413
+
+
+class Unauthorized(MillraceError):
+    """No key came, or one that this server does not know."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(MillraceError):
+    """The key is known and may no longer be used: it has expired or was revoked."""
+
+    code = "forbidden"
+    http_status = 403
 
 
 class NotFound(MillraceError):

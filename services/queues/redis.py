@@ -80,6 +80,7 @@ class RedisQueue:
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
         self._followers: dict[str, set[Follower]] = {}
+        self._unread: dict[str, Follower] = {}  # of requests submitted here that nobody has come to read yet
         self._unanswered: dict[str, list[str]] = {}  # nonces of lease calls, by worker
         self._idle: dict[asyncio.Future[None], frozenset[str]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -118,12 +119,22 @@ class RedisQueue:
         tenant_cap = self._limits.max_tenant_tokens if request.tenant else cap
         check_size(tokens, cap, tenant_cap)
         deadline = "" if request.deadline_ms is None else request.deadline_ms
-        outcome, *numbers = await self._call(
-            "submit",
-            *(request.request_id, fingerprint(request), body, encode(Facts.of(request)), request.model, tokens),
-            *(len(request.prompt_ids), -request.priority, deadline, self._channel),
-            *(request.tenant, request.weight, "1" if request.background else ""),
-        )
+        # Before the call: who has heard of a request from its beginning need not look at its log.
+        first = Follower(request.request_id, 0, must_look=self._pubsub is None)
+        self.attach(first)
+        outcome: bytes = b""
+        try:
+            outcome, *numbers = await self._call(
+                "submit",
+                *(request.request_id, fingerprint(request), body, encode(Facts.of(request)), request.model, tokens),
+                *(len(request.prompt_ids), -request.priority, deadline, self._channel),
+                *(request.tenant, request.weight, "1" if request.background else ""),
+            )
+        finally:
+            if outcome == b"accepted":
+                self._unread[request.request_id] = first
+            else:
+                self.detach(first)
         if outcome == b"conflict":
             raise taken(request.request_id)
         if outcome == b"unserved":
@@ -151,10 +162,11 @@ class RedisQueue:
             raise unknown(request_id)
 
     async def abandon(self, request_id: str) -> None:
+        self._forget_unread(request_id)
         await self._call("abandon", request_id, self._channel)
 
     def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
-        return Reader(self, request_id, start)
+        return Reader(self, request_id, start, self._unread.pop(request_id, None) if start == 0 else None)
 
     async def report(self, report: WorkerReport) -> None:
         await self._call("report", report.worker_id, encode(report), int(report.is_draining), *report.models)
@@ -359,6 +371,13 @@ class RedisQueue:
         for request_id, first_index, log, terminal in unframed(data):
             for follower in self._followers.get(request_id, ()):
                 follower.hear(first_index, token_ids(log), decode_event(terminal) if terminal else None)
+            if terminal:  # who comes now reads the log
+                self._forget_unread(request_id)
+
+    def _forget_unread(self, request_id: str) -> None:
+        follower = self._unread.pop(request_id, None)
+        if follower is not None:
+            self.detach(follower)
 
     def _wake_all(self) -> None:
         for some in self._followers.values():

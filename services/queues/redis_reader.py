@@ -26,10 +26,10 @@ class Source(Protocol):
 class Follower:
     """What has been heard of one request and not been taken."""
 
-    def __init__(self, request_id: str, start: int) -> None:
+    def __init__(self, request_id: str, start: int, *, must_look: bool = True) -> None:
         self.request_id = request_id
         self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.must_look = True  # at the log: nothing was read yet, or news may be missing
+        self.must_look = must_look  # at the log: nothing was read yet, or news may be missing
         self._next = start  # index after the last token that is held or was taken
         self._tokens: list[int] = []
         self._terminal: Event | None = None
@@ -75,12 +75,13 @@ class Follower:
 class Reader:
     """A plain object and not an async generator: a reader that is dropped half way leaves nothing to finalize."""
 
-    def __init__(self, source: Source, request_id: str, start: int) -> None:
+    def __init__(self, source: Source, request_id: str, start: int, follower: Follower | None = None) -> None:
+        """`follower`: attached, and has heard of the request from the beginning."""
         self._source = source
         self._request_id = request_id
         self._start = start
-        self._follower: Follower | None = None
-        self._has_looked = False  # from then on the request is known to exist, and the reader waits for Redis
+        self._follower = follower
+        self._has_looked = follower is not None  # the request is known to exist: the reader waits for Redis
         self._has_ended = False
 
     def __aiter__(self) -> AsyncIterator[Event]:

@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
 
     keys = _add_keys(commands)
 
+    workers = commands.add_parser("workers", help="the workers that have reported to the shared queue of late")
+    workers.add_argument("--json", action="store_true")
+    workers.set_defaults(command=_workers)
+
     doctor = commands.add_parser("doctor", help="this machine, and the sizes that would be chosen here")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(command=_doctor)
@@ -140,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         *actions.choices.values(),
         *engine_actions.choices.values(),
         *keys.choices.values(),
+        workers,
     ):
         add_flags(leaf)
     return parser
@@ -268,6 +273,12 @@ def _keys_revoke(arguments: argparse.Namespace) -> int:
     from services import key_commands
 
     return key_commands.revoke(read_settings(arguments), arguments.id, as_json=arguments.json)
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    from services.worker_list import show_workers
+
+    return show_workers(read_settings(arguments), as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -93,7 +93,9 @@ class RedisQueue:
     async def open(
         cls, client: Client, limits: QueueLimits, *, partition: str = "0", news: Client | None = None
     ) -> RedisQueue:
-        """Load the functions and begin to listen. Raises Unavailable if Redis cannot be reached.
+        """Load the functions and begin to listen; the clients are this queue's from now on, and closed with it.
+
+        Raises Unavailable if Redis cannot be reached.
 
         `news`: the client to listen with, if it wants other time limits than calls.
         """
@@ -250,9 +252,11 @@ class RedisQueue:
             await asyncio.gather(self._listener, *self._tasks, return_exceptions=True)
         for waiting in [*self._idle, *(each.woken for some in self._followers.values() for each in some)]:
             _wake(waiting)
-        if self._pubsub is not None:
-            with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(RedisError, OSError):
+            if self._pubsub is not None:
                 await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+            await self._client.aclose()
+            await self._news.aclose()
 
     # ---- for readers ----
 

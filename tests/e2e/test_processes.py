@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 from services.settings import Settings
+from services.worker_list import show_workers
 from tests.e2e.server import Server, serve
 from tests.e2e.test_embedded import LONG, sse
 from tests.redis_server import RedisServer
@@ -54,6 +57,26 @@ def test_separate_processes_answer_as_one_does(
             assert client.get("/readyz").status_code == probes.get("/readyz").status_code == 200
             assert probes.get("/livez").json() == {"status": "live"}
         assert worker.metric("millrace_engine_steps_total") > 0
+
+
+def test_workers_are_listed_and_without_one_requests_are_refused(
+    shipped_settings: Settings, redis: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = shipped_settings.store
+    settings = replace(shipped_settings, redis_url=redis.url)
+    with serve(store, "gateway", **over(redis)) as gateway, gateway.client() as client:
+        refused = client.post("/generate", json=LONG)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert show_workers(settings, as_json=False) == 1
+        assert "no worker" in capsys.readouterr().out
+        with serve(store, "worker", **over(redis)):
+            assert client.post("/generate", json=LONG).status_code == 200
+            assert show_workers(settings, as_json=True) == 0
+            (worker,) = json.loads(capsys.readouterr().out)
+            assert (worker["running_requests"], worker["is_draining"]) == (0, False)
+            assert worker["free_tokens"] == worker["capacity_tokens"] > 0
+            assert show_workers(settings, as_json=False) == 0
+            assert "ready" in capsys.readouterr().out
 
 
 def test_a_stream_survives_the_death_of_its_worker(

@@ -46,6 +46,10 @@ class WaitingLine:
         if is_suspect:
             self._suspects.add(place.request_id)
 
+    def acquit(self, request_id: str) -> None:
+        """Who waits is no suspect any more."""
+        self._suspects.discard(request_id)
+
     def remove(self, model: str, place: Place) -> None:
         line = self._lines[model]
         del line[bisect_left(line, place)]

@@ -24,6 +24,7 @@ from gateway.keys import AUTHORIZATION, OPEN_PATHS, KeyRing
 from gateway.limits import GatewayLimits
 from gateway.problems import REQUEST_ID, error_response
 from gateway.telemetry import Telemetry
+from gateway.trace import TRACEPARENT, sampled_trace, trace_id
 from wire.errors import BadRequest, MillraceError, RequestTooLarge, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _METHODS: Final = frozenset(("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
 _WANTED: Final = frozenset(
-    (b"authorization", b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding", b"expect")
+    (
+        *(b"authorization", b"x-request-id", b"host", b"origin", b"content-length", b"content-encoding", b"expect"),
+        TRACEPARENT,
+    )
 )
 
 
@@ -60,6 +64,7 @@ class Edge:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         headers, twice = _headers(scope["headers"])
+        _enter_trace(headers, twice)
         exchange = _Exchange(_request_id(headers), receive, send, self._limits)
         scope[REQUEST_ID] = exchange.request_id
         try:
@@ -83,6 +88,7 @@ class Edge:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, twice = _headers(scope["headers"])
+        _enter_trace(headers, twice)
         scope[REQUEST_ID] = request_id = _request_id(headers)
         try:
             self._check_host(headers, twice)
@@ -235,6 +241,10 @@ def _headers(raw: Iterable[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], se
                 twice.add(name)
             headers[name] = value
     return headers, twice
+
+
+def _enter_trace(headers: dict[bytes, bytes], twice: set[bytes]) -> None:
+    trace_id.set(sampled_trace(None if TRACEPARENT in twice else headers.get(TRACEPARENT)))
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -19,6 +19,7 @@ from gateway.admission import Admitted
 from gateway.caller import Caller
 from gateway.models import Models, ServedModel
 from gateway.telemetry import Completed, Telemetry
+from gateway.trace import trace_id
 from wire.errors import BadRequest, Conflict, QueueFull, Unavailable, UnknownRequest
 from wire.messages import Facts, Timings, Usage
 from wire.queue import Queue, Standing
@@ -26,6 +27,7 @@ from wire.queue import Queue, Standing
 logger = logging.getLogger(__name__)
 
 ATTACH_S: Final = 1.0  # between submit and the first reader: only an exception makes it longer
+FULL_S: Final = 0.1  # a refusal stands for so long
 AGAIN_S: Final = 0.5
 PATIENCE_S: Final = 60.0  # how long a queue that is away is told again that nobody reads a request
 
@@ -45,6 +47,7 @@ class Ticket:
         "model",
         "num_tokens",
         "readers",
+        "trace_id",
         "ttft_s",
     )
 
@@ -53,6 +56,7 @@ class Ticket:
         self.facts = facts
         self.model = model
         self.arrived_at = arrived_at  # time.perf_counter(), as all times here
+        self.trace_id = trace_id.get()
         self.is_counted = False  # in metrics: only where it was taken in
         self.last_token_at = arrived_at
         self.ttft_s: float | None = None
@@ -71,6 +75,7 @@ class Ledger:
         self._models = models
         self._telemetry = telemetry
         self._live: dict[str, Ticket] = {}
+        self._full: dict[str, tuple[float, QueueFull]] = {}  # by tenant: until when its last refusal is news
         self._abandoning: set[asyncio.Task[None]] = set()
 
     @property
@@ -80,6 +85,19 @@ class Ledger:
 
     # --- coming and going ---------------------------------------------------------------------------------------------
 
+    def check_room(self, caller: Caller, least_tokens: int) -> None:
+        """Raise QueueFull if the queue has said just now that so many tokens do not fit.
+
+        Under overload most requests are refused: then before they are tokenized, and without asking the queue.
+        """
+        until, full = self._full.get(caller.tenant, (0.0, None))
+        if full is None:
+            return
+        if time.monotonic() >= until:
+            del self._full[caller.tenant]
+        elif least_tokens > full.room_tokens:
+            raise QueueFull(full.message, retry_after_s=full.retry_after_s)
+
     async def submit(self, admitted: Admitted) -> Ticket:
         """Put the request into the queue, or attach to the one that has its id and body.
 
@@ -88,7 +106,10 @@ class Ledger:
         request = admitted.request
         try:
             is_new = await self.queue.submit(request)
-        except (BadRequest, Conflict, QueueFull):
+        except QueueFull as full:
+            self._full[request.tenant] = (time.monotonic() + FULL_S, full)
+            raise
+        except (BadRequest, Conflict):
             raise
         except BaseException:  # nobody knows whether the queue has it
             if request.request_id not in self._live:
@@ -100,11 +121,15 @@ class Ledger:
             self._keep(ticket)
         if is_new:
             ticket.is_counted = True
-            self._telemetry.admitted(ticket.model.model_id, ticket.facts.prompt_tokens, ticket.facts.max_tokens)
+            facts = ticket.facts
+            self._telemetry.admitted(ticket.model.model_id, facts.tenant, facts.prompt_tokens, facts.max_tokens)
         return ticket
 
     async def find(self, request_id: str, caller: Caller) -> Ticket:
-        """Raises UnknownRequest for an id never seen, another tenant's, or ended too long ago."""
+        """To read a stream again.
+
+        Raises UnknownRequest for an id never seen, another tenant's, or ended too long ago.
+        """
         ticket = self._live.get(request_id)
         if ticket is None:
             standing = await self.standing(request_id, caller)
@@ -113,6 +138,7 @@ class Ledger:
                 self._keep(ticket)
         elif ticket.facts.tenant != caller.tenant:
             raise _unknown(request_id)
+        self._telemetry.resumed()
         return ticket
 
     async def standing(self, request_id: str, caller: Caller) -> Standing:
@@ -205,7 +231,7 @@ class Ledger:
         if ticket.ttft_s is None:
             ticket.ttft_s = now - ticket.arrived_at
             if ticket.is_counted:
-                self._telemetry.first_token(ticket.model.model_id, ticket.ttft_s)
+                self._telemetry.first_token(ticket.model.model_id, ticket.ttft_s, ticket.trace_id)
         if ticket.is_counted:
             self._telemetry.tokens(ticket.model.model_id, new, since_s)
         ticket.num_tokens = num_tokens
@@ -233,6 +259,8 @@ class Ledger:
                 prefill_s=timings.prefill_ms / 1e3 if timings else None,
                 decode_s=timings.decode_ms / 1e3 if timings else None,
                 preemptions=timings.preemptions if timings else 0,
+                tenant=ticket.facts.tenant,
+                trace_id=ticket.trace_id,
             )
         )
 

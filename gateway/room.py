@@ -37,6 +37,8 @@ class Room:
         health = self.health()
         if health.is_draining:
             raise Unavailable(health.reason or "this server is draining; another one will answer")
+        if key is None:  # one that has been used may be answered even now
+            self.ledger.check_room(caller, body.max_tokens or 1)
         admitted = await self.admission.admit(body, caller, key)
         try:
             return await self.ledger.submit(admitted)

@@ -27,6 +27,8 @@ class Completed:
     prefill_s: float | None
     decode_s: float | None
     preemptions: int
+    tenant: str = ""
+    trace_id: str = ""  # 32 hex digits; empty unless it is part of a sampled trace
 
 
 class Telemetry(Protocol):
@@ -40,12 +42,12 @@ class Telemetry(Protocol):
         """A request, frame or stream got an error with this code."""
         ...
 
-    def admitted(self, model: str, prompt_tokens: int, max_tokens: int) -> None:
+    def admitted(self, model: str, tenant: str, prompt_tokens: int, max_tokens: int) -> None:
         """The queue has accepted a request."""
         ...
 
-    def first_token(self, model: str, seconds: float) -> None:
-        """Time from arrival to the first token."""
+    def first_token(self, model: str, seconds: float, trace_id: str) -> None:
+        """Time from arrival to the first token. `trace_id`: as in Completed."""
         ...
 
     def tokens(self, model: str, count: int, seconds: float) -> None:
@@ -54,6 +56,10 @@ class Telemetry(Protocol):
 
     def completed(self, completed: Completed) -> None:
         """A request has ended, one way or another; once for each admitted request."""
+        ...
+
+    def resumed(self) -> None:
+        """A stream is read again, from some token: one taken in here or at another gateway."""
         ...
 
     def sockets(self, change: int) -> None:
@@ -68,12 +74,14 @@ class NoTelemetry:
 
     def refused(self, code: str) -> None: ...
 
-    def admitted(self, model: str, prompt_tokens: int, max_tokens: int) -> None: ...
+    def admitted(self, model: str, tenant: str, prompt_tokens: int, max_tokens: int) -> None: ...
 
-    def first_token(self, model: str, seconds: float) -> None: ...
+    def first_token(self, model: str, seconds: float, trace_id: str) -> None: ...
 
     def tokens(self, model: str, count: int, seconds: float) -> None: ...
 
     def completed(self, completed: Completed) -> None: ...
+
+    def resumed(self) -> None: ...
 
     def sockets(self, change: int) -> None: ...

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from services.settings import PREFIX, Settings, describe_setting
-from services.telemetry import ENGINE_METRICS, REQUEST_METRICS, MetricSpec
+from services.telemetry.table import TABLES
 from wire.errors import MillraceError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -30,19 +30,22 @@ start.
 
 
 def metrics_page() -> str:
-    def exposed(spec: MetricSpec) -> str:
-        return f"{spec.name}_total" if spec.kind == "counter" else spec.name
-
-    rows = [
-        f"| `{exposed(spec)}` | {spec.kind} | {', '.join(spec.labels)} | {spec.meaning} |"
-        for spec in (*REQUEST_METRICS, *ENGINE_METRICS)
-    ]
+    sections = []
+    for process, specs in TABLES.items():
+        rows = [f"| `{each.exposed}` | {each.kind} | {', '.join(each.labels)} | {each.meaning} |" for each in specs]
+        sections += [f"\n## {process}\n", "| name | type | labels | meaning |", "|---|---|---|---|", *rows]
     head = """# Metrics
 
 `vllm:` names are vLLM's, with its labels and meaning, so that dashboards and scaling rules made for it work here; ours
-begin with `millrace_`. Served at `/metrics` on the gateway's port, or on a port of its own (`metrics_port`).
+begin with `millrace_`. Served at `/metrics` on each process's port, or on a port of its own (`metrics_port`);
+`millrace up` is gateway and worker in one. A scraper that accepts OpenMetrics gets exemplars with the trace id of
+sampled requests (header `traceparent`) on the time to the first token and on the whole latency.
+
+What the gateway says of the queue, of Redis and of workers it reads from the queue every 2 s, and it says so with no
+worker there, so that the first can be started by it. Every gateway says the same: aggregate with `max`, never with
+`sum`. What it could not read for 15 s is left out, and `millrace_queue_up` is 0.
 """
-    return "\n".join([head, MADE, "| name | type | labels | meaning |", "|---|---|---|---|", *rows, ""])
+    return "\n".join([head, MADE.rstrip(), *sections, ""])
 
 
 def _children(cls: type[MillraceError]) -> list[type[MillraceError]]:

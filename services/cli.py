@@ -116,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     workers.add_argument("--json", action="store_true")
     workers.set_defaults(command=_workers)
 
+    probe = _add_probe(commands)
+
     doctor = commands.add_parser("doctor", help="this machine, and the sizes that would be chosen here")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(command=_doctor)
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         *engine_actions.choices.values(),
         *keys.choices.values(),
         workers,
+        probe,
     ):
         add_flags(leaf)
     return parser
@@ -167,6 +170,23 @@ def _add_keys(commands: Commands) -> Commands:
     for action in (create, show_list, revoke):
         action.add_argument("--json", action="store_true")
     return actions
+
+
+def _add_probe(commands: Commands) -> argparse.ArgumentParser:
+    probe = commands.add_parser("probe", help="ask the workers known questions, again and again, and export the score")
+    probe.add_argument("--model", help="name or name@revision (default: the first of --models)")
+    probe.add_argument("--golden", metavar="FILE", help="questions with their answers (default: the shipped model's)")
+    probe.add_argument("--items", type=int, default=0, help="ask only so many of them, always the same (0 = all)")
+    probe.add_argument("--concurrency", type=int, default=8, help="questions in the queue at once (1 to 256)")
+    probe.add_argument(
+        "--every", type=float, default=300.0, metavar="SECONDS", help="a run starts so often (1 to 86400)"
+    )
+    probe.add_argument("--baseline", metavar="FILE", help="answers to compare with, of the same revision")
+    probe.add_argument("--record", metavar="FILE", help="one run, whose answers become the baseline")
+    probe.add_argument("--once", action="store_true", help="one run, printed")
+    probe.add_argument("--json", action="store_true", help="print it as JSON")
+    probe.set_defaults(command=_probe)
+    return probe
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -279,6 +299,31 @@ def _workers(arguments: argparse.Namespace) -> int:
     from services.worker_list import show_workers
 
     return show_workers(read_settings(arguments), as_json=arguments.json)
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from services.prober.process import ProbeOptions, probe
+
+    for flag, low, high in (("items", 0, 10_000), ("concurrency", 1, 256), ("every", 1, 86_400)):
+        if not low <= (value := getattr(arguments, flag)) <= high:
+            raise BadRequest(f"--{flag} is {value}; expected a number from {low} to {high:,}", param=f"--{flag}")
+    settings = read_settings(arguments)
+
+    def path(given: str | None) -> Path | None:
+        return None if given is None else Path(given).expanduser()
+
+    options = ProbeOptions(
+        model=arguments.model or settings.model_names[0],
+        golden=path(arguments.golden),
+        most_items=arguments.items,
+        concurrency=arguments.concurrency,
+        every_s=arguments.every,
+        baseline=path(arguments.baseline),
+        record=path(arguments.record),
+        is_once=arguments.once,
+        as_json=arguments.json,
+    )
+    return probe(settings, options)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from services.loading import StoredModel, open_backend, open_engine, warm_up
 from services.settings import Settings
-from services.telemetry import EngineCollector
+from services.telemetry.device import DeviceCollector
+from services.telemetry.worker import EngineCollector, LeaseMetrics
 from services.worker import Worker
 from wire.queue import Queue
 
@@ -23,9 +24,11 @@ class Crew:
     def __init__(
         self, settings: Settings, models: Sequence[StoredModel], queue: Queue, name: str, registry: CollectorRegistry
     ) -> None:
-        self._workers = [_open(settings, model, queue, name) for model in models]
+        metrics = LeaseMetrics(registry)
+        self._workers = [_open(settings, model, queue, name, metrics) for model in models]
         self._drain_s = settings.drain_s
         registry.register(EngineCollector([worker.source for worker in self._workers]))
+        registry.register(DeviceCollector())
 
     @property
     def is_alive(self) -> bool:
@@ -53,10 +56,12 @@ class Crew:
         return 1 if failures else 0
 
 
-def _open(settings: Settings, model: StoredModel, queue: Queue, name: str) -> Worker:
+def _open(settings: Settings, model: StoredModel, queue: Queue, name: str, metrics: LeaseMetrics) -> Worker:
     """A model loaded, warm, and ready to take work from `queue`."""
     backend = open_backend(settings, model)
     warm_up(backend)
     engine = open_engine(settings, backend)
     model_id = model.manifest.model_id
-    return Worker(f"{name}/{model_id}", model_id, engine, backend.limits, queue, lease_s=settings.lease_s)
+    return Worker(
+        f"{name}/{model_id}", model_id, engine, backend.limits, queue, lease_s=settings.lease_s, metrics=metrics
+    )

@@ -16,6 +16,7 @@ from gateway.app import create_app
 from gateway.models import Models
 from gateway.probes import Health
 from services.loading import StoredModel
+from services.queue_watch import QueueWatch
 from services.redis_queue import open_queue
 from services.serving import (
     Server,
@@ -29,7 +30,8 @@ from services.serving import (
     uvicorn_config,
 )
 from services.settings import Settings, package_version
-from services.telemetry import GatewayMetrics
+from services.telemetry.gateway import GatewayMetrics
+from services.telemetry.process import describe_process
 
 
 def run_gateway(settings: Settings) -> int:
@@ -48,23 +50,36 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
         return Health(is_live=True, is_ready=not reason, is_draining=draining.is_set(), reason=reason)
 
     limits = gateway_limits(settings)
+    served = Models.load([model.directory for model in models], limits)
+    model_ids = [model.manifest.model_id for model in models]
     app = create_app(
         queue,
-        Models.load([model.directory for model in models], limits),
+        served,
         limits=limits,
         health=health,
-        telemetry=GatewayMetrics(registry),
+        telemetry=GatewayMetrics(registry, model_ids),
         keys=keys,
         version=package_version(),
     )
+    watch = QueueWatch(
+        queue,
+        model_ids,
+        replica_capacity_tokens=settings.replica_capacity_tokens,
+        redis=queue.redis,
+        expected_replicas=settings.redis_replicas,
+        is_connected=lambda: queue.is_connected,
+    )
+    registry.register(watch)
+    describe_process(registry, package_version(), [model.manifest for model in models], draining.is_set)
     expose_metrics(settings, app, registry)
     server = Server(uvicorn_config(settings, app, ending_s=settings.drain_s))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
-    say_where(listener, [model.manifest.model_id for model in models], needs_key=keys is not None)
     stop = asyncio.create_task(draining.wait())
-    await asyncio.wait([stop, serving], return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True
-    await serving
+    async with watch.running():
+        say_where(listener, model_ids, needs_key=keys is not None)
+        await asyncio.wait([stop, serving], return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
     await queue.close()
     return 0

@@ -1,17 +1,16 @@
-"""The shared queue as the settings want it: clients with time limits, and what both kinds of process say about it."""
+"""The shared queue as the settings want it, and what both kinds of process say about it."""
 
 from __future__ import annotations
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import ResponseError
 
 from services.queues.protocol_core import QueueLimits
 from services.queues.redis import RedisQueue
+from services.queues.redis_clients import redis_client
+from services.queues.redis_master import MISTAKES
 from services.settings import Settings, SettingsError
+from wire.errors import Unavailable
 
-CALL_TIMEOUT_S = 5.0
-CONNECT_TIMEOUT_S = 2.0
-PING_EVERY_S = 5
 MAX_DELIVERIES = 3
 WORKER_TTL_MS = 30_000  # long enough for the only worker to be replaced
 ORPHAN_MS = 30_000  # clients of a gateway that has died have this long to come to another
@@ -19,7 +18,7 @@ MAX_OVERTAKES = 64
 
 
 async def open_queue(settings: Settings) -> RedisQueue:
-    """Connect. Raises SettingsError for an address that is none, Unavailable if nobody answers there."""
+    """Connect. Raises SettingsError for an address that cannot be right, Unavailable if nobody answers there."""
     limits = QueueLimits(
         lease_ms=int(settings.lease_s * 1000),
         max_deliveries=MAX_DELIVERIES,
@@ -33,13 +32,13 @@ async def open_queue(settings: Settings) -> RedisQueue:
         refuses_unserved=settings.unserved == "refuse",
     )
     try:
-        calls = Redis.from_url(
-            settings.redis_url, socket_timeout=CALL_TIMEOUT_S, socket_connect_timeout=CONNECT_TIMEOUT_S
-        )
-        # News may be long in coming: no time limit on reading them, but a ping that notices a dead connection.
-        news = Redis.from_url(
-            settings.redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, health_check_interval=PING_EVERY_S
-        )
-    except (ValueError, RedisError) as error:
+        client = redis_client(settings.redis_url)
+    except ValueError as error:
         raise SettingsError(f"redis_url is no address of a Redis: {error}") from error
-    return await RedisQueue.open(calls, limits, news=news)
+    try:
+        return await RedisQueue.open(client, limits)
+    except (Unavailable, ResponseError) as error:
+        cause = error.__cause__ if isinstance(error, Unavailable) else error
+        if isinstance(cause, (*MISTAKES, ResponseError)):
+            raise SettingsError(f"redis_url leads to no Redis that can keep the queue: {cause}") from error
+        raise

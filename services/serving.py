@@ -12,23 +12,25 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from gateway.keys import BadKeyFile, KeyRing
 from gateway.limits import GatewayLimits
 from services.loading import StoredModel, find_model
 from services.model_commands import ensure_shipped
 from services.settings import Settings, SettingsError
-from services.telemetry import configure_logging
+from services.telemetry.exposition import PATH, MetricsServer, metrics_answer
+from services.telemetry.log import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +95,29 @@ def listen(settings: Settings) -> socket.socket:
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
 
 
+def probe_routes(*, is_live: Callable[[], bool], is_ready: Callable[[], bool]) -> Starlette:
+    """/livez and /readyz, of a process that serves nothing else."""
+
+    def probe(holds: Callable[[], bool], word: str) -> Callable[[Request], JSONResponse]:
+        def answer(_: Request) -> JSONResponse:
+            return JSONResponse({"status": word if holds() else f"not {word}"}, status_code=200 if holds() else 503)
+
+        return answer
+
+    return Starlette(routes=[Route("/livez", probe(is_live, "live")), Route("/readyz", probe(is_ready, "ready"))])
+
+
 def expose_metrics(settings: Settings, app: Starlette, registry: CollectorRegistry) -> None:
     """/metrics on the application's port, or on one of its own."""
     if settings.metrics_port == 0:
 
-        async def metrics(_: Request) -> Response:
-            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        async def metrics(request: Request) -> Response:
+            return metrics_answer(request, registry)
 
-        app.add_route("/metrics", metrics, include_in_schema=False)
+        app.add_route(PATH, metrics, include_in_schema=False)
         return
     try:
-        start_http_server(settings.metrics_port, settings.host, registry)
+        MetricsServer(settings.host, settings.metrics_port, registry)
     except OSError as error:
         raise SettingsError(f"cannot serve metrics on port {settings.metrics_port}: {error.strerror}") from None
 

@@ -50,9 +50,13 @@ class Settings:
         str,
         About("without keys_file, may other machines reach the gateway", choices=("no", "yes")),
     ] = "no"
-    redis_url: Annotated[str, About("where `gateway` and `worker` meet: redis://, rediss:// or unix://")] = (
-        "redis://127.0.0.1:6379/0"
-    )
+    redis_url: Annotated[
+        str,
+        About(
+            "where `gateway` and `worker` meet: redis://host:port/db, unix:///path, "
+            "redis+sentinel://host:port,host:port/master/db or redis+cluster://host:port,host:port; with TLS rediss"
+        ),
+    ] = "redis://127.0.0.1:6379/0"
     metrics_port: Annotated[int, About("port of its own for /metrics; 0 = on the gateway's port", 0, 65535)] = 0
     threads: Annotated[int, About("compute threads; 0 = one for each core this process may use", 0, 1024)] = 0
     kernels: Annotated[str, About("instruction set of the kernels", choices=("auto", "portable", "avx2", "avx512"))] = (
@@ -82,6 +86,11 @@ class Settings:
             choices=("refuse", "wait"),
         ),
     ] = "refuse"
+    replica_capacity_tokens: Annotated[
+        int,
+        About("KV tokens of one worker, that scaling counts with until one was seen; 0 = unknown", 0, 2**40),
+    ] = 0
+    redis_replicas: Annotated[int, About("replicas that Redis should have, for alerts", 0, 64)] = 0
     log_ttl_s: Annotated[float, About("an answer can be read again for this long after its end", 1, 2_592_000)] = 300.0
     background_ttl_s: Annotated[float, About("the same, of a background request", 1, 2_592_000)] = 3600.0
     max_body_bytes: Annotated[int, About("largest HTTP body or WebSocket frame", 1024, 2**30)] = 1_048_576

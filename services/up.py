@@ -17,6 +17,7 @@ from gateway.models import Models
 from gateway.probes import Health
 from services.crew import Crew
 from services.loading import StoredModel
+from services.queue_watch import QueueWatch
 from services.queues.memory import MemoryQueue
 from services.serving import (
     Server,
@@ -30,7 +31,8 @@ from services.serving import (
     uvicorn_config,
 )
 from services.settings import Settings, package_version
-from services.telemetry import GatewayMetrics
+from services.telemetry.gateway import GatewayMetrics
+from services.telemetry.process import describe_process
 
 
 def up(settings: Settings) -> int:
@@ -61,23 +63,28 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
 
     limits = gateway_limits(settings)
     served = Models.load([model.directory for model in models], limits)
+    model_ids = [model.manifest.model_id for model in models]
     app = create_app(
         queue,
         served,
         limits=limits,
         health=health,
-        telemetry=GatewayMetrics(registry),
+        telemetry=GatewayMetrics(registry, model_ids),
         keys=keys,
         version=package_version(),
     )
+    watch = QueueWatch(queue, model_ids, replica_capacity_tokens=settings.replica_capacity_tokens)
+    registry.register(watch)
+    describe_process(registry, package_version(), [model.manifest for model in models], draining.is_set)
     expose_metrics(settings, app, registry)
     server = Server(uvicorn_config(settings, app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     on_signals(draining, server)
-    say_where(listener, [model.manifest.model_id for model in models], needs_key=keys is not None)
     # Workers first, so that their last tokens still reach clients; then the queue, which ends all readers; then the
     # sockets.
-    code = await crew.work(draining, serving)
+    async with watch.running():
+        say_where(listener, model_ids, needs_key=keys is not None)
+        code = await crew.work(draining, serving)
     server.should_exit = True
     await queue.close()
     await serving

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from prometheus_client import CollectorRegistry
+
 from batcher.backend import BackendError, BackendLimits
 from batcher.engine import Engine
-from services.telemetry import EngineSource
+from services.telemetry.worker import EngineSource, LeaseMetrics
 from wire.errors import Unavailable
 from wire.messages import Failed, Finished, Generate, WorkerReport
 from wire.queue import Append, Lease, LeaseBudget, Queue, Refusal, RefusalReason
@@ -61,6 +63,7 @@ class Worker:
         queue: Queue,
         *,
         lease_s: float,
+        metrics: LeaseMetrics | None = None,
     ) -> None:
         self._worker_id = worker_id
         self.model_id = model_id
@@ -68,6 +71,8 @@ class Worker:
         self._queue = queue
         self._lease_s = lease_s
         self.limits = limits
+        self._metrics = metrics or LeaseMetrics(CollectorRegistry())
+        self._metrics.serves(model_id)
         self.load = engine.load  # as of the last step; any thread may read it
         self._owned: dict[str, _Owned] = {}
         self._inbox: deque[Callable[[], object]] = deque()
@@ -182,6 +187,7 @@ class Worker:
 
     def _accept(self, lease: Lease) -> None:
         request = lease.request
+        self._metrics.leased(self.model_id, lease)
         self._owned[request.request_id] = _Owned(request, lease.epoch, lease.is_suspect)
         self._command(partial(self._engine.add, request, lease.token_ids, lease.epoch))
 
@@ -208,8 +214,11 @@ class Worker:
     async def _publish(self, appends: Sequence[Append]) -> list[Refusal]:
         """Publish, however long the queue is away: what comes late is fenced if somebody else has taken over."""
         while True:
+            started_s = time.monotonic()
             try:
-                return await self._queue.publish(appends)
+                refusals = await self._queue.publish(appends)
+                self._metrics.published(self.model_id, time.monotonic() - started_s)
+                return refusals
             except Unavailable as error:
                 if self._stopping:
                     return []
@@ -234,6 +243,8 @@ class Worker:
         if refusal.reason is RefusalReason.CANCELLED:  # the engine ends it with Finished("cancelled")
             self._command(partial(self._engine.cancel, refusal.request_id))
             return
+        if refusal.reason is RefusalReason.FENCED:
+            self._metrics.fenced(self.model_id)
         # Somebody else's now, or ended: free its blocks in silence.
         del self._owned[refusal.request_id]
         self._command(partial(self._engine.drop, refusal.request_id))

@@ -9,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from services.crew import Crew
 from services.loading import StoredModel
 from services.redis_queue import open_queue
-from services.serving import Server, address_of, begin, expose_metrics, on_signals, run_loop, uvicorn_config
-from services.settings import Settings
+from services.serving import (
+    Server,
+    address_of,
+    begin,
+    expose_metrics,
+    on_signals,
+    probe_routes,
+    run_loop,
+    uvicorn_config,
+)
+from services.settings import Settings, package_version
+from services.telemetry.process import describe_process
 
 
 def run_worker(settings: Settings) -> int:
@@ -35,10 +41,11 @@ async def _work(settings: Settings, models: Sequence[StoredModel], listener: soc
     name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
     crew = Crew(settings, models, queue, name, registry)
     draining = asyncio.Event()
-    app = _probes(
+    app = probe_routes(
         is_live=lambda: crew.is_alive,
         is_ready=lambda: queue.is_connected and not draining.is_set() and crew.is_ready,
     )
+    describe_process(registry, package_version(), [model.manifest for model in models], draining.is_set)
     expose_metrics(settings, app, registry)
     server = Server(uvicorn_config(settings, app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -51,13 +58,3 @@ async def _work(settings: Settings, models: Sequence[StoredModel], listener: soc
     await serving
     await queue.close()
     return code
-
-
-def _probes(*, is_live: Callable[[], bool], is_ready: Callable[[], bool]) -> Starlette:
-    def probe(holds: Callable[[], bool], word: str) -> Callable[[Request], JSONResponse]:
-        def answer(_: Request) -> JSONResponse:
-            return JSONResponse({"status": word if holds() else f"not {word}"}, status_code=200 if holds() else 503)
-
-        return answer
-
-    return Starlette(routes=[Route("/livez", probe(is_live, "live")), Route("/readyz", probe(is_ready, "ready"))])

@@ -102,11 +102,18 @@ class Conflict(MillraceError):
 
 
 class QueueFull(MillraceError):
-    """The queue holds its cap of tokens, waiting and running; come back after `retry_after_s`."""
+    """The queue holds its cap of tokens, waiting and running; come back after `retry_after_s`.
+
+    `room_tokens`: what would have fitted.
+    """
 
     code = "queue_full"
     http_status = 429
     retryable = True
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+        self.room_tokens = 0
 
 
 class Unavailable(MillraceError):

@@ -93,6 +93,8 @@ class Depth:
     queued_tokens: int
     running_requests: int
     running_tokens: int
+    oldest_ms: int = 0  # how long the one that waits longest has waited, since it came or came back; 0 = nobody waits
+    dead_letters: int = 0  # given up after the last delivery, since the queue was created
 
 
 class Status(Enum):

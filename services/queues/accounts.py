@@ -26,6 +26,9 @@ class Accounts:
         self._requests: Counter[tuple[str, Status]] = Counter()
         self._tokens: Counter[tuple[str, Status]] = Counter()
         self._tenants: Counter[str] = Counter()  # tokens of each tenant that wait or run
+        # By model: since when each request waits, in ms. Time only goes forward, so the oldest comes first.
+        self._since: dict[str, dict[str, int]] = {}
+        self._dead: Counter[str] = Counter()
 
     def admit(self, tenant: str, tokens: int, now_ms: int) -> None:
         """Raise unless this many tokens more fit: RequestTooLarge if they never will, else QueueFull."""
@@ -42,39 +45,57 @@ class Accounts:
     def enter(self, entry: Entry, now_ms: int) -> None:
         """Count a new request."""
         self._note(now_ms, 0)
-        self._count(entry, 1)
+        self._count(entry, 1, now_ms)
 
     def move(self, entry: Entry, status: Status, now_ms: int) -> None:
         """Change an entry's status and the totals with it."""
         self._note(now_ms, entry.place.tokens if status is Status.ENDED else 0)
-        self._count(entry, -1)
+        self._count(entry, -1, now_ms)
         entry.status = status
         if status is not Status.ENDED:
-            self._count(entry, 1)
+            self._count(entry, 1, now_ms)
 
-    def depth(self, model: str | None) -> Depth:
+    def bury(self, model: str) -> None:
+        """Count a request that was given up."""
+        self._dead[model] += 1
+
+    def depth(self, model: str | None, now_ms: int) -> Depth:
         """Totals of one model, or of all."""
 
         def total(counts: Counter[tuple[str, Status]], status: Status) -> int:
             return sum(count for (name, at), count in counts.items() if at is status and model in (None, name))
 
+        oldest = [next(iter(since.values())) for name, since in self._since.items() if model in (None, name)]
         return Depth(
             queued_requests=total(self._requests, Status.WAITING),
             queued_tokens=total(self._tokens, Status.WAITING),
             running_requests=total(self._requests, Status.RUNNING),
             running_tokens=total(self._tokens, Status.RUNNING),
+            oldest_ms=now_ms - min(oldest, default=now_ms),
+            dead_letters=self._dead.total() if model is None else self._dead[model],
         )
 
-    def _count(self, entry: Entry, sign: int) -> None:
+    def _count(self, entry: Entry, sign: int, now_ms: int) -> None:
         key = (entry.model, entry.status)
         for counts, amount in ((self._requests, sign), (self._tokens, sign * entry.place.tokens)):
             counts[key] += amount
             if not counts[key]:
                 del counts[key]
+        if entry.status is Status.WAITING:
+            self._wait(entry, sign, now_ms)
         tenant = entry.facts.tenant
         self._tenants[tenant] += sign * entry.place.tokens
         if not self._tenants[tenant]:
             del self._tenants[tenant]
+
+    def _wait(self, entry: Entry, sign: int, now_ms: int) -> None:
+        since = self._since.setdefault(entry.model, {})
+        if sign > 0:
+            since[entry.request_id] = now_ms
+        else:
+            del since[entry.request_id]
+        if not since:
+            del self._since[entry.model]
 
     def _note(self, now_ms: int, ended_tokens: int) -> None:
         # Under pressure: somebody waits, or the queue is half full. Only then do ends say how fast work gets done.
@@ -95,4 +116,6 @@ def queue_full(tokens: int, taken: int, cap: int, wait_s: float, *, is_tenant: b
     """The refusal of a request of `tokens`, when `taken` of `cap` are taken."""
     what = "this tenant's part of the queue is full" if is_tenant else "the queue is full"
     numbers = f"{taken:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
-    return QueueFull(f"{what}: {numbers}", retry_after_s=wait_s)
+    error = QueueFull(f"{what}: {numbers}", retry_after_s=wait_s)
+    error.room_tokens = max(0, cap - taken)
+    return error

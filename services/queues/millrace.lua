@@ -9,8 +9,9 @@ All keys of a partition share a hash tag, so one call touches one slot.
     <p>t:<id>      string  its token log: int32, little endian, four bytes a token; STRLEN is the truth about n
     <p>f:<id>      set     channels of gateways that read it, beside the one that submitted it
     <p>q:<model>   zset    who waits: score is rank and fair share, member is arrival and id
+    <p>w:<model>   zset    since when each of them waits, in ms
     <p>alarms      zset    when time alone may change a request, by ms
-    <p>acct        hash    requests and tokens that wait (w) and run (r), in all, by model and by tenant
+    <p>acct        hash    requests and tokens that wait (w) and run (r), in all, by model and by tenant; dead letters (dl)
     <p>fair        hash    virtual time and the tenants' ends in it (fair_share.py)
     <p>drain       hash    how fast the queue empties under pressure (drain_rate.py keeps the same three numbers)
     <p>over        hash    how often the first that did not fit was overtaken
@@ -26,7 +27,7 @@ local UNITS = $units
 local WINDOW_MS = $window_ms
 local LIMITS = {$limits}
 local FIELDS = {'status', 'model', 'tokens', 'prompt', 'score', 'place', 'epoch', 'until', 'deliveries', 'deadline', 'cancel',
-                'ended_as', 'forget', 'channel', 'tenant', 'background', 'orphan'}
+                'ended_as', 'forget', 'channel', 'shared', 'tenant', 'background', 'orphan'}
 local NUMBERS = {'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'deadline', 'forget', 'orphan'}
 
 local known_limits = {} -- by their text: every caller sends the same few
@@ -48,7 +49,7 @@ end
 -- One call: keys, limits, time, and the news it makes.
 local function open(keys, args)
     local p = keys[1]
-    local c = {p = p, limits = read_limits(args[1]), news = {}, about = {}, offered = {}}
+    local c = {p = p, limits = read_limits(args[1]), news = {}, about = {}, offered = {}, known = {}}
     local fixed = redis.call('GET', p .. 'clock')
     if fixed then
         c.now = tonumber(fixed)
@@ -169,7 +170,7 @@ local function framed(id, first, log, terminal)
 end
 
 local function tell(c, e, news)
-    local channels = redis.call('SMEMBERS', c.p .. 'f:' .. e.id)
+    local channels = e.shared and redis.call('SMEMBERS', c.p .. 'f:' .. e.id) or {}
     if e.channel and e.channel ~= '' then table.insert(channels, e.channel) end
     for _, channel in ipairs(channels) do
         c.news[channel] = c.news[channel] or {}
@@ -181,11 +182,13 @@ end
 
 local function offer(c, e)
     redis.call('ZADD', c.p .. 'q:' .. e.model, e.score, e.place .. e.id)
+    redis.call('ZADD', c.p .. 'w:' .. e.model, c.now, e.id)
     c.offered[e.model] = true
 end
 
 local function unline(c, e)
     redis.call('ZREM', c.p .. 'q:' .. e.model, e.place .. e.id)
+    redis.call('ZREM', c.p .. 'w:' .. e.model, e.id)
     redis.call('HDEL', c.p .. 'over', e.id)
     if tonumber(redis.call('HGET', c.p .. 'acct', 'wr')) <= 1 then emptied(c) end -- it is still counted
 end
@@ -197,7 +200,7 @@ local function finish(c, e, terminal, ended_as)
     set(c, e, 'terminal', terminal, 'forget', e.forget, 'ended_as', ended_as or 'fenced')
     redis.call('HDEL', c.p .. 'r:' .. e.id, 'body')
     tell(c, e, framed(e.id, length(c, e), '', terminal))
-    redis.call('DEL', c.p .. 'f:' .. e.id)
+    if e.shared then redis.call('DEL', c.p .. 'f:' .. e.id) end
     redis.call('ZREM', c.p .. 'alarms', e.id)
     set_alarm(c, e)
 end
@@ -248,6 +251,8 @@ local function lapse(c, e)
     elseif e.deliveries >= c.limits.max_deliveries then
         local message = 'given up: ' .. e.deliveries .. ' workers were lost while serving this'
         redis.call('XADD', c.p .. 'dead', 'MAXLEN', '~', 10000, '*', 'id', e.id, 'model', e.model, 'why', message)
+        redis.call('HINCRBY', c.p .. 'acct', 'dl', 1)
+        redis.call('HINCRBY', c.p .. 'acct', 'dl:' .. e.model, 1)
         finish(c, e, failed(e, '$lost_code', $lost_retryable, message))
     else
         put_back(c, e)
@@ -401,22 +406,40 @@ local function follow(keys, args)
     local e = find(c, args[2])
     if not e then return close(c, 'unknown') end
     if e.status ~= 'e' then
-        if e.channel ~= args[4] then redis.call('SADD', c.p .. 'f:' .. e.id, args[4]) end
+        if e.channel ~= args[4] then
+            redis.call('SADD', c.p .. 'f:' .. e.id, args[4])
+            if not e.shared then set(c, e, 'shared', '1') end
+        end
         if e.orphan then redis.call('HDEL', c.p .. 'r:' .. e.id, 'orphan') end
     end
     local log = redis.call('GETRANGE', c.p .. 't:' .. e.id, 4 * tonumber(args[3]), -1)
     return close(c, 'ok', log, redis.call('HGET', c.p .. 'r:' .. e.id, 'terminal') or '')
 end
 
--- model or '' -> queued requests, queued tokens, running requests, running tokens
+-- How long the oldest of those who wait has waited, in ms; of one model, or of all ('').
+local function oldest(c, model)
+    local models, since = {model}, c.now
+    if model == '' then
+        models = {}
+        for _, name in ipairs(redis.call('HKEYS', c.p .. 'acct')) do
+            table.insert(models, string.match(name, '^wr:(.+)$'))
+        end
+    end
+    for _, each in ipairs(models) do
+        since = math.min(since, tonumber(redis.call('ZRANGE', c.p .. 'w:' .. each, 0, 0, 'WITHSCORES')[2] or c.now))
+    end
+    return c.now - since
+end
+
+-- model or '' -> queued requests, queued tokens, running requests, running tokens, oldest in ms, dead letters
 local function depth(keys, args)
     local c = open(keys, args)
     expire(c)
     local suffix = args[2] ~= '' and ':' .. args[2] or ''
-    local names = {'wr' .. suffix, 'wt' .. suffix, 'rr' .. suffix, 'rt' .. suffix}
+    local names = {'wr' .. suffix, 'wt' .. suffix, 'rr' .. suffix, 'rt' .. suffix, 'dl' .. suffix}
     local found = redis.call('HMGET', c.p .. 'acct', unpack(names))
-    for i = 1, 4 do found[i] = tonumber(found[i] or 0) end
-    return close(c, unpack(found))
+    for i = 1, #names do found[i] = tonumber(found[i] or 0) end
+    return close(c, found[1], found[2], found[3], found[4], oldest(c, args[2]), found[5])
 end
 
 -- ---- the workers' side ----
@@ -555,10 +578,21 @@ local function stands(c, id, epoch)
     return nil, e
 end
 
+-- The request as this call knows it, with the length of its log: found once, kept while the call changes it.
+local function known(c, id)
+    local e = c.known[id]
+    if e == nil then
+        e = find(c, id) or false
+        if e then e.n = length(c, e) end
+        c.known[id] = e
+    end
+    return e
+end
+
 local function append(c, id, epoch, kind, first, payload)
-    local refused, e = stands(c, id, epoch)
-    if refused then return refused end
-    local n = length(c, e)
+    local e = known(c, id)
+    if not e or e.epoch ~= epoch then return 'fenced' end
+    local n = e.n
     if e.status == 'e' then
         local is_repeat
         if kind == 't' then
@@ -575,6 +609,7 @@ local function append(c, id, epoch, kind, first, payload)
         local fresh = string.sub(payload, 4 * (n - first) + 1)
         if #fresh > 0 then
             redis.call('APPEND', c.p .. 't:' .. id, fresh)
+            e.n = n + #fresh / 4
             tell(c, e, framed(id, n, fresh, ''))
         end
     elseif e.cancel and kind == 'f' then
@@ -590,9 +625,9 @@ local function bug(c, args)
     local lengths = {}
     for i = 2, #args, 6 do
         local id, epoch, kind, first = args[i], tonumber(args[i + 1]), args[i + 2], tonumber(args[i + 3])
-        local refused, e = stands(c, id, epoch)
-        if not refused and e.status ~= 'e' and not e.cancel then
-            local n = lengths[id] or length(c, e)
+        local e = known(c, id)
+        if e and e.epoch == epoch and e.status ~= 'e' and not e.cancel then
+            local n = lengths[id] or e.n
             if kind == 't' then
                 if first > n then return id, 'tokens from index ' .. first .. ' after ' .. n .. ' logged' end
                 lengths[id] = math.max(n, first + #args[i + 4] / 4)

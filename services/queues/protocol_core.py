@@ -151,7 +151,7 @@ class QueueCore:
     def depth(self, model: str | None, now: int) -> Depth:
         """Outstanding work of one model, or of all."""
         self.expire(now)
-        return self._accounts.depth(model)
+        return self._accounts.depth(model, now)
 
     # --- the workers' side --------------------------------------------------------------------------------------------
 
@@ -214,6 +214,8 @@ class QueueCore:
                 self._end(entry, entry.cancelled(), now)
             elif entry.status is Status.RUNNING:
                 self._put_back(entry, now)
+            else:
+                self._line.acquit(entry.request_id)  # it had lapsed, and has a delivery to spare again
 
     def report(self, report: WorkerReport, now: int) -> None:
         """A worker says that it is there."""
@@ -256,6 +258,7 @@ class QueueCore:
         if entry.is_cancelled:
             self._end(entry, entry.cancelled(), now)
         elif entry.deliveries >= self._limits.max_deliveries:
+            self._accounts.bury(entry.model)
             self._fail(entry, WorkerLost(f"given up: {entry.deliveries} workers were lost while serving this"), now)
         else:
             self._put_back(entry, now)

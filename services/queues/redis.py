@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
-from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -28,7 +27,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from services.queues.accounts import check_size, queue_full
 from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
-from services.queues.redis_library import Client, load_library
+from services.queues.redis_facts import RedisFacts, redis_facts
+from services.queues.redis_library import Client, call_function, load_library
+from services.queues.redis_news import Subscription
 from services.queues.redis_reader import Follower, Reader
 from wire.errors import Unavailable
 from wire.messages import (
@@ -76,8 +77,7 @@ class RedisQueue:
         self._prefix = f"mr:{{{partition}}}:"
         self._channel = f"{self._prefix}ev:{secrets.token_hex(8)}"
         self._limit_text = ",".join(str(int(getattr(limits, limit.name))) for limit in fields(limits))
-        self._library = ""
-        self._pubsub: PubSub | None = None
+        self._pubsub: Subscription | None = None
         self._listener: asyncio.Task[None] | None = None
         self._followers: dict[str, set[Follower]] = {}
         self._unread: dict[str, Follower] = {}  # of requests submitted here that nobody has come to read yet
@@ -101,10 +101,14 @@ class RedisQueue:
         """
         queue = cls(client, limits, partition, news or client)
         try:
-            queue._library = await load_library(client)
+            await load_library(client)
             queue._pubsub = await queue._subscribe()
-        except _LOST as error:
-            raise Unavailable(f"Redis cannot be reached: {error}") from error
+            await queue.sweep()  # what fell due while nobody was connected; and shows that calls are served here
+        except BaseException as error:
+            await queue.close()
+            if isinstance(error, _LOST):
+                raise Unavailable(f"Redis cannot be reached: {error}") from error
+            raise
         queue._listener = asyncio.create_task(queue._listen(), name="queue-news")
         return queue
 
@@ -181,6 +185,18 @@ class RedisQueue:
     async def depth(self, model: str | None = None) -> Depth:
         return Depth(*(int(number) for number in await self._call("depth", model or "")))
 
+    async def redis(self) -> RedisFacts | None:
+        """How Redis is; None if it does not say (where INFO is not allowed). Raises Unavailable."""
+        self.check_open()
+        try:
+            answer: Any = self._client.info("memory", "persistence", "replication")
+            return redis_facts(await answer)
+        except ResponseError:
+            return None
+        except _LOST as error:
+            self._note_away()
+            raise Unavailable(f"Redis cannot be reached: {error}") from error
+
     # ---- the workers' side ----
 
     async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
@@ -254,7 +270,7 @@ class RedisQueue:
             _wake(waiting)
         with contextlib.suppress(RedisError, OSError):
             if self._pubsub is not None:
-                await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+                await self._pubsub.close()
             await self._client.aclose()
             await self._news.aclose()
 
@@ -287,17 +303,11 @@ class RedisQueue:
 
     async def _call(self, function: str, *arguments: object) -> list[Any]:
         self.check_open()
-        name = f"{self._library}_{function}"
         for is_last in (False, True):
             try:
-                answer: Any = self._client.fcall(name, 1, self._prefix, self._limit_text, *arguments)
-                reply = await answer
+                reply = await call_function(self._client, function, self._prefix, self._limit_text, *arguments)
                 self._answers = True
                 break
-            except ResponseError as error:
-                if is_last or "Function not found" not in str(error):
-                    raise
-                await load_library(self._client)  # a Redis that has lost its functions, or a replica made master
             except _LOST as error:
                 self._note_away()
                 if is_last:
@@ -345,10 +355,8 @@ class RedisQueue:
 
     # ---- news ----
 
-    async def _subscribe(self) -> PubSub:
-        pubsub: PubSub = self._news.pubsub()
-        await pubsub.subscribe(self._channel, self._prefix + "work")
-        return pubsub
+    async def _subscribe(self) -> Subscription:
+        return await Subscription.open(self._news, self._channel, self._prefix + "work")
 
     async def _listen(self) -> None:
         """Hand out news until closed; after a lost connection, let every reader look at its log again."""
@@ -357,12 +365,12 @@ class RedisQueue:
                 if self._pubsub is None:
                     self._pubsub = await self._subscribe()
                     self._wake_all()
-                message = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=None)
-                if message is not None:
-                    self._hear(message["channel"], message["data"])
+                self._hear(*await self._pubsub.next())
             except (RedisError, OSError) as error:
                 logger.warning("queue news are interrupted", extra={"reason": str(error)})
-                self._pubsub = None
+                lost, self._pubsub = self._pubsub, None
+                if lost is not None:
+                    await lost.close()
                 await asyncio.sleep(RECONNECT_S)
 
     def _hear(self, channel: bytes, data: bytes) -> None:

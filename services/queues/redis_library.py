@@ -11,9 +11,10 @@ from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from string import Template
-from typing import Final
+from typing import Any, Final
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from services.queues.drain_rate import WINDOW_MS
 from services.queues.fair_share import UNITS
@@ -22,7 +23,7 @@ from wire.errors import DeadlineExceeded, WorkerLost
 
 SOURCE: Final = Path(__file__).with_name("millrace.lua")
 
-Client = Redis  # Sentinel's masters are of this class too
+Client = Redis  # of any kind of Redis: redis_clients.py
 
 
 @lru_cache(maxsize=1)
@@ -43,10 +44,23 @@ def library() -> tuple[str, str]:
     return name, filled.replace("$library", name)
 
 
-async def load_library(client: Client) -> str:
-    """Load the functions where they are missing; their library's name."""
-    name, text = library()
+async def load_library(client: Client) -> None:
+    """Load the functions, or load them again: it is the same text."""
+    _, text = library()
     answer = client.function_load(text, replace=True)
     if not isinstance(answer, str):
         await answer
-    return name
+
+
+async def call_function(client: Client, function: str, key: str, *arguments: object) -> Any:
+    """The function's reply. A Redis without the library gets it: one that has restarted empty, or a new master."""
+    name, _ = library()
+    for is_loaded in (False, True):
+        try:
+            answer: Any = client.fcall(f"{name}_{function}", 1, key, *arguments)
+            return await answer
+        except ResponseError as error:
+            if is_loaded or "Function not found" not in str(error):
+                raise
+            await load_library(client)
+    raise AssertionError("the second try returns or raises; this is a bug")

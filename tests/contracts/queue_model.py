@@ -26,6 +26,7 @@ class Life:
     log: list[int] = field(default_factory=list)
     owner: int | None = None  # the epoch that may append
     running_until_ms: int | None = None  # None = waiting
+    waits_since_ms: int = 0
     deliveries: int = 0
     cancelled: bool = False
     end: str = ""  # a finish reason, or the code of a failure
@@ -55,7 +56,7 @@ class QueueModel:
             return "attached" if life.request == request else "conflict"
         self.arrivals += 1
         deadline = None if request.deadline_ms is None else self.now_ms + request.deadline_ms
-        self.known[request.request_id] = Life(request, self.arrivals, deadline)
+        self.known[request.request_id] = Life(request, self.arrivals, deadline, waits_since_ms=self.now_ms)
         return "accepted"
 
     def waiting(self) -> list[Life]:
@@ -124,6 +125,8 @@ class QueueModel:
             return
         life.owner = None
         life.deliveries -= 1
+        if life.running_until_ms is not None:  # else it has lapsed, and waits already
+            life.waits_since_ms = self.now_ms
         life.running_until_ms = None
         if life.cancelled:
             self._end(life, "cancelled")
@@ -148,6 +151,7 @@ class QueueModel:
                 self._end(life, "deadline_exceeded")
             elif life.running_until_ms is not None and life.running_until_ms <= self.now_ms:
                 life.running_until_ms = None
+                life.waits_since_ms = self.now_ms
                 if life.cancelled:
                     self._end(life, "cancelled")
                 elif life.deliveries == DELIVERIES:
@@ -157,7 +161,9 @@ class QueueModel:
         live = [life for life in self.known.values() if not life.end]
         waits = [life.request.max_total_tokens for life in live if life.running_until_ms is None]
         runs = [life.request.max_total_tokens for life in live if life.running_until_ms is not None]
-        return Depth(len(waits), sum(waits), len(runs), sum(runs))
+        since = [life.waits_since_ms for life in live if life.running_until_ms is None]
+        dead = sum(life.end == "worker_lost" for life in (*self.known.values(), *self.past))
+        return Depth(len(waits), sum(waits), len(runs), sum(runs), self.now_ms - min(since, default=self.now_ms), dead)
 
     def _end(self, life: Life, how: str) -> None:
         life.end = how

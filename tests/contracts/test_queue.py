@@ -18,6 +18,7 @@ from tests.contracts.queues import (
     MODEL,
     PATIENCE_S,
     QueueOptions,
+    QueueRig,
     budget,
     completion,
     failed,
@@ -326,6 +327,41 @@ async def test_depth_counts_what_waits_and_what_runs_of_one_model_or_of_all(queu
     await queue.publish([finished(lease, 0)])
     await queue.cancel("b")
     assert await queue.depth() == Depth(1, 30, 0, 0)
+
+
+async def test_depth_says_how_long_the_oldest_has_waited_since_it_came_or_came_back(rig: QueueRig) -> None:
+    queue = rig.queue
+
+    async def oldest_ms(model: str | None = None) -> int:
+        return (await queue.depth(model)).oldest_ms
+
+    await queue.submit(generate("a", model="x"))
+    await rig.advance(1_000)
+    await queue.submit(generate("b", model="y"))
+    await queue.submit(generate("first", model="y", priority=1))
+    await rig.advance(500)
+    assert [await oldest_ms(model) for model in (None, "x", "y", "z")] == [1_500, 1_500, 500, 0]
+    (lease,) = await queue.lease(budget("x"))
+    assert [await oldest_ms(model) for model in (None, "x")] == [500, 0]
+    await queue.cancel("b")
+    await queue.cancel("first")
+    await rig.advance(6_000)  # the lease has lapsed
+    await rig.advance(200)
+    assert [await oldest_ms(model) for model in (None, "x", "y")] == [200, 200, 0]
+    assert await queue.publish([finished(lease, 0)]) == []  # its owner was merely late
+    assert await oldest_ms() == 0
+
+
+async def test_depth_counts_the_dead_letters_of_one_model_or_of_all(open_rig: OpenRig) -> None:
+    rig = await open_rig(QueueOptions(max_deliveries=1, log_ttl_ms=1_000))
+    for request_id, model in (("a", "x"), ("b", "x"), ("c", "y")):
+        await rig.queue.submit(generate(request_id, model=model))
+    await rig.queue.lease(budget("x", "y"))
+    await rig.queue.submit(generate("waits", model="x"))
+    assert (await rig.queue.depth()).dead_letters == 0
+    await rig.advance(6_000)
+    await rig.advance(1_000)  # their logs are gone, the count is not
+    assert [(await rig.queue.depth(model)).dead_letters for model in (None, "x", "y", "z")] == [3, 2, 1, 0]
 
 
 async def test_close_ends_readers_and_waiting_workers(queue: Queue) -> None:

@@ -55,7 +55,7 @@ class Server:
 
 @contextmanager
 def serve(store: Path, command: str = "up", **settings: str) -> Iterator[Server]:
-    """Start `millrace up` (or gateway, or worker), wait for its address; on the way out SIGTERM.
+    """Start `millrace up` (or another command, with its flags), wait for its address; on the way out SIGTERM.
 
     A clean exit is demanded, of a process that the test has not killed.
     """
@@ -68,7 +68,7 @@ def serve(store: Path, command: str = "up", **settings: str) -> Iterator[Server]
     }
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", command],
+        [sys.executable, "-m", "services.cli", *command.split()],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     output: list[str] = []

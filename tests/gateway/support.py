@@ -164,6 +164,8 @@ class Recorder:
     admissions: int = 0
     token_count: int = 0
     first_tokens: int = 0
+    traces: list[str] = field(default_factory=list)  # of the first tokens
+    resumptions: int = 0
     ended: list[Completed] = field(default_factory=list)
     open_sockets: int = 0
 
@@ -173,17 +175,21 @@ class Recorder:
     def refused(self, code: str) -> None:
         self.refusals.append(code)
 
-    def admitted(self, model: str, prompt_tokens: int, max_tokens: int) -> None:
+    def admitted(self, model: str, tenant: str, prompt_tokens: int, max_tokens: int) -> None:
         self.admissions += 1
 
-    def first_token(self, model: str, seconds: float) -> None:
+    def first_token(self, model: str, seconds: float, trace_id: str) -> None:
         self.first_tokens += 1
+        self.traces.append(trace_id)
 
     def tokens(self, model: str, count: int, seconds: float) -> None:
         self.token_count += count
 
     def completed(self, completed: Completed) -> None:
         self.ended.append(completed)
+
+    def resumed(self) -> None:
+        self.resumptions += 1
 
     def sockets(self, change: int) -> None:
         self.open_sockets += change

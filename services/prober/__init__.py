@@ -1,0 +1,1 @@
+"""`millrace probe`: known questions through the real queue, so that a model that gets worse is noticed."""

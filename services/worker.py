@@ -160,7 +160,10 @@ class Worker:
                 await self._work_changed.wait()
                 continue
             try:
-                leases = await self._queue.lease(budget, wait_s=self._lease_s)
+                # What waits may be too large for what is free: then room that appears is a reason to ask again.
+                is_tight = budget.max_tokens < budget.capacity_tokens or not budget.takes_suspect
+                until = self._work_changed if is_tight else None
+                leases = await self._queue.lease(budget, self._lease_s, until)
             except Unavailable as error:
                 await self._queue_is_away(error)
                 continue

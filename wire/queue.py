@@ -22,6 +22,7 @@ suspect with it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -165,8 +166,13 @@ class Queue(Protocol):
         """
         ...
 
-    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
-        """Take what fits. Waits up to `wait_s` for the first request that does when there is none (no polling)."""
+    async def lease(
+        self, budget: LeaseBudget, wait_s: float = 0.0, until: asyncio.Event | None = None
+    ) -> list[Lease]:
+        """Take what fits. Waits up to `wait_s` for the first request that does when there is none (no polling).
+
+        `until`: when it is set the wait is over: the caller's budget is another.
+        """
         ...
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
@@ -174,8 +180,9 @@ class Queue(Protocol):
 
         Every accepted append renews its lease. A terminal event ends the request. A cancelled request's Tokens are
         refused with CANCELLED; its Finished is accepted, and logged as "cancelled" with the usage of what was logged.
-        Raises ValueError, having logged nothing, for what only a bug can send: a gap in indices, a Finished whose
-        usage.completion_tokens is not what the log holds, an event that cannot travel.
+        Raises ValueError, having logged nothing, for what only a bug can send: an event that cannot travel, a gap in
+        indices, a Finished whose usage.completion_tokens is not what the log holds. Where the log may lose its end (a
+        failover, a power cut) the last two are no bug: the append is FENCED, and the request is handed out again.
         """
         ...
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from services.queues.entry import Entry
+from services.queues.patience import first_of
 from services.queues.protocol_core import QueueCore, QueueLimits
 from wire.errors import BadRequest, Unavailable
 from wire.messages import Event, Generate, Tokens, WorkerReport
@@ -94,7 +95,7 @@ class MemoryQueue:
     def events(self, request_id: str, start: int = 0) -> AsyncIterator[Event]:
         return _Reader(self, request_id, start)
 
-    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
+    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0, until: asyncio.Event | None = None) -> list[Lease]:
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + wait_s
         while True:
@@ -102,8 +103,8 @@ class MemoryQueue:
                 leases = self._core.lease(budget, now)
             if leases or loop.time() >= give_up_s:
                 return leases
-            await self._offer(frozenset(budget.models), give_up_s)
-            if self._is_closed:
+            await self._offer(frozenset(budget.models), until, give_up_s)
+            if self._is_closed or (until is not None and until.is_set()):
                 return []
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
@@ -184,16 +185,13 @@ class MemoryQueue:
         self._timer = None
         self.expire()
 
-    async def _offer(self, models: frozenset[str], give_up_s: float) -> None:
-        """Wait until a request of these models waits, or the loop's time is `give_up_s`, or the queue closes."""
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[None] = loop.create_future()
+    async def _offer(self, models: frozenset[str], until: asyncio.Event | None, give_up_s: float) -> None:
+        """Wait until a request of these models waits, or `until`, or the loop's time is `give_up_s`, or it closes."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle[woken] = models
-        patience = loop.call_at(give_up_s, _wake, woken)
         try:
-            await woken
+            await first_of(woken, until, give_up_s)
         finally:
-            patience.cancel()
             del self._idle[woken]
 
     # --- for readers --------------------------------------------------------------------------------------------------

@@ -589,7 +589,19 @@ local function known(c, id)
     return e
 end
 
-local function append(c, id, epoch, kind, first, payload)
+-- The log holds less than the worker has been told it does: a failover or a power cut took the rest, or the worker has a
+-- bug. The next delivery goes on where the log ends.
+local function torn(c, e)
+    redis.call('HDEL', c.p .. 'r:' .. e.id, 'epoch')
+    e.epoch = nil
+    if e.status == 'r' then
+        lapse(c, e)
+        set_alarm(c, e)
+    end
+    return 'fenced'
+end
+
+local function append(c, id, epoch, kind, first, payload, completed)
     local e = known(c, id)
     if not e or e.epoch ~= epoch then return 'fenced' end
     local n = e.n
@@ -605,6 +617,7 @@ local function append(c, id, epoch, kind, first, payload)
     end
     if kind == 't' then
         if e.cancel then return 'cancelled' end
+        if first > n then return torn(c, e) end
         hold(c, e)
         local fresh = string.sub(payload, 4 * (n - first) + 1)
         if #fresh > 0 then
@@ -614,41 +627,22 @@ local function append(c, id, epoch, kind, first, payload)
         end
     elseif e.cancel and kind == 'f' then
         finish(c, e, cancelled(c, e, payload))
+    elseif kind == 'f' and completed ~= n then
+        return torn(c, e)
     else
         finish(c, e, payload)
     end
     return nil
 end
 
--- What only a bug can send: a gap, or a bill that is not what the log holds. Nothing is logged then.
-local function bug(c, args)
-    local lengths = {}
-    for i = 2, #args, 6 do
-        local id, epoch, kind, first = args[i], tonumber(args[i + 1]), args[i + 2], tonumber(args[i + 3])
-        local e = known(c, id)
-        if e and e.epoch == epoch and e.status ~= 'e' and not e.cancel then
-            local n = lengths[id] or e.n
-            if kind == 't' then
-                if first > n then return id, 'tokens from index ' .. first .. ' after ' .. n .. ' logged' end
-                lengths[id] = math.max(n, first + #args[i + 4] / 4)
-            elseif kind == 'f' and tonumber(args[i + 5]) ~= n then
-                return id, 'usage says ' .. args[i + 5] .. ' completion tokens, the log holds ' .. n
-            end
-        end
-    end
-    return nil
-end
-
--- {id, epoch, kind (t, f, x), first index, payload, completion tokens} ... -> refusals {id, reason, epoch} ... | 'bug', id, why
+-- {id, epoch, kind (t, f, x), first index, payload, completion tokens} ... -> refusals {id, reason, epoch} ...
 local function publish(keys, args)
     local c = open(keys, args)
     expire(c)
-    local id, why = bug(c, args)
-    if id then return close(c, 'bug', id, why) end
     local refusals = {}
     for i = 2, #args, 6 do
         local epoch = tonumber(args[i + 1])
-        local reason = append(c, args[i], epoch, args[i + 2], tonumber(args[i + 3]), args[i + 4])
+        local reason = append(c, args[i], epoch, args[i + 2], tonumber(args[i + 3]), args[i + 4], tonumber(args[i + 5]))
         if reason then table.insert(refusals, {args[i], reason, epoch}) end
     end
     return close(c, refusals)
@@ -695,16 +689,17 @@ local function sweep(keys, args)
     return close(c)
 end
 
+-- A full Redis takes no new request; everything else goes on, or it would never be less full.
 redis.register_function('$library_submit', submit)
-redis.register_function('$library_cancel', cancel)
-redis.register_function('$library_abandon', abandon)
-redis.register_function('$library_standing', standing)
-redis.register_function('$library_follow', follow)
-redis.register_function('$library_depth', depth)
-redis.register_function('$library_lease', lease)
-redis.register_function('$library_publish', publish)
-redis.register_function('$library_renew', renew)
-redis.register_function('$library_release', release)
-redis.register_function('$library_sweep', sweep)
-redis.register_function('$library_report', report)
-redis.register_function('$library_workers', workers)
+redis.register_function{function_name = '$library_cancel', callback = cancel, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_abandon', callback = abandon, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_standing', callback = standing, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_follow', callback = follow, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_depth', callback = depth, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_lease', callback = lease, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_publish', callback = publish, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_renew', callback = renew, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_release', callback = release, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_sweep', callback = sweep, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_report', callback = report, flags = {'allow-oom'}}
+redis.register_function{function_name = '$library_workers', callback = workers, flags = {'allow-oom'}}

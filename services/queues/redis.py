@@ -15,8 +15,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from array import array
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -26,7 +25,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.queues.accounts import check_size, queue_full
 from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
+from services.queues.patience import first_of
 from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
+from services.queues.redis_codec import append_arguments, read_lease, read_refusals, token_ids, unframed
 from services.queues.redis_facts import RedisFacts, redis_facts
 from services.queues.redis_library import Client, call_function, load_library
 from services.queues.redis_news import Subscription
@@ -35,14 +36,11 @@ from wire.errors import Unavailable
 from wire.messages import (
     Event,
     Facts,
-    Failed,
-    Finished,
     Generate,
     Tokens,
     WorkerReport,
     decode_event,
     decode_facts,
-    decode_generate,
     decode_report,
     encode,
     fingerprint,
@@ -53,7 +51,6 @@ from wire.queue import (
     Lease,
     LeaseBudget,
     Refusal,
-    RefusalReason,
     SeenWorker,
     Standing,
     Status,
@@ -70,9 +67,8 @@ _LOST: Final = (RedisConnectionError, RedisTimeoutError, OSError)
 class RedisQueue:
     """Use `await RedisQueue.open(...)`. One event loop owns it."""
 
-    def __init__(self, client: Client, limits: QueueLimits, partition: str, news: Client) -> None:
+    def __init__(self, client: Client, limits: QueueLimits, partition: str) -> None:
         self._client = client
-        self._news = news
         self._limits = limits
         self._prefix = f"mr:{{{partition}}}:"
         self._channel = f"{self._prefix}ev:{secrets.token_hex(8)}"
@@ -90,16 +86,12 @@ class RedisQueue:
         self._answers = True
 
     @classmethod
-    async def open(
-        cls, client: Client, limits: QueueLimits, *, partition: str = "0", news: Client | None = None
-    ) -> RedisQueue:
-        """Load the functions and begin to listen; the clients are this queue's from now on, and closed with it.
+    async def open(cls, client: Client, limits: QueueLimits, *, partition: str = "0") -> RedisQueue:
+        """Load the functions and begin to listen; the client is this queue's from now on, and closed with it.
 
         Raises Unavailable if Redis cannot be reached.
-
-        `news`: the client to listen with, if it wants other time limits than calls.
         """
-        queue = cls(client, limits, partition, news or client)
+        queue = cls(client, limits, partition)
         try:
             await load_library(client)
             queue._pubsub = await queue._subscribe()
@@ -199,7 +191,7 @@ class RedisQueue:
 
     # ---- the workers' side ----
 
-    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0) -> list[Lease]:
+    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0, until: asyncio.Event | None = None) -> list[Lease]:
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + wait_s
         while True:
@@ -208,13 +200,11 @@ class RedisQueue:
                 leases = await self._lease_once(budget)
                 if leases or loop.time() >= give_up_s:
                     return leases
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(give_up_s):
-                        await offered
+                await first_of(offered, until, give_up_s)
             finally:
                 self._idle.pop(offered, None)
                 offered.cancel()
-            if self._is_closed:
+            if self._is_closed or (until is not None and until.is_set()):
                 return []
 
     async def _lease_once(self, budget: LeaseBudget) -> list[Lease]:
@@ -230,24 +220,22 @@ class RedisQueue:
         except BaseException:
             nonces.append(nonce)
             raise
-        return [_lease(*each) for each in found]
+        return [read_lease(*each) for each in found]
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
         if not appends:
             return []
         arguments: list[object] = []
         for append in appends:
-            arguments += _append_arguments(append)
-        first, *rest = await self._call("publish", *arguments)
-        if first == b"bug":
-            raise ValueError(f"request {rest[0].decode()!r}: {rest[1].decode()}; this is a bug")
-        return _refusals(first)
+            arguments += append_arguments(append)
+        (found,) = await self._call("publish", *arguments)
+        return read_refusals(found)
 
     async def renew(self, leases: Sequence[tuple[str, int]]) -> list[Refusal]:
         if not leases:
             return []
         (found,) = await self._call("renew", *(part for lease in leases for part in lease))
-        return _refusals(found)
+        return read_refusals(found)
 
     async def release(self, leases: Sequence[tuple[str, int]]) -> None:
         if leases:
@@ -272,7 +260,6 @@ class RedisQueue:
             if self._pubsub is not None:
                 await self._pubsub.close()
             await self._client.aclose()
-            await self._news.aclose()
 
     # ---- for readers ----
 
@@ -356,7 +343,7 @@ class RedisQueue:
     # ---- news ----
 
     async def _subscribe(self) -> Subscription:
-        return await Subscription.open(self._news, self._channel, self._prefix + "work")
+        return await Subscription.open(self._client, self._channel, self._prefix + "work")
 
     async def _listen(self) -> None:
         """Hand out news until closed; after a lost connection, let every reader look at its log again."""
@@ -402,50 +389,6 @@ class RedisQueue:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle[woken] = models
         return woken
-
-
-def unframed(data: bytes) -> Iterator[tuple[str, int, bytes, bytes]]:
-    """(request id, first index, token bytes, terminal or empty) of each request in a message of millrace.lua."""
-    at = 0
-
-    def part() -> bytes:
-        nonlocal at
-        size = int.from_bytes(data[at : at + 4], "little")
-        at += 4 + size
-        return data[at - size : at]
-
-    while at < len(data):
-        request_id = part().decode()
-        first_index = int.from_bytes(data[at : at + 4], "little")
-        at += 4
-        yield request_id, first_index, part(), part()
-
-
-def token_ids(log: bytes) -> list[int]:
-    """int32, little endian -> numbers."""
-    return array("i", log).tolist()
-
-
-def _append_arguments(append: Append) -> list[object]:
-    """Six arguments of the publish function. Raises ValueError for an event that cannot travel."""
-    try:
-        encoded = encode(append.event)
-        event = decode_event(encoded)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{append.event!r:.200} cannot travel: {error}; this is a bug") from error
-    if isinstance(event, Tokens):
-        payload = array("i", event.token_ids).tobytes()
-        return [event.request_id, append.epoch, "t", event.first_index, payload, 0]
-    completed = event.usage.completion_tokens if isinstance(event, Finished) else 0
-    return [event.request_id, append.epoch, "x" if isinstance(event, Failed) else "f", 0, encoded, completed]
-
-
-def _lease(body: bytes, epoch: int, log: bytes, delivery: int, is_suspect: int) -> Lease:
-    return Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery, bool(is_suspect))
-
-
-def _refusals(found: Sequence[Sequence[Any]]) -> list[Refusal]:
-    return [Refusal(each[0].decode(), RefusalReason(each[1].decode()), int(each[2])) for each in found]
 
 
 def _seconds_for(tokens: int, pressed_ms: float, ended_tokens: float) -> float:

@@ -55,12 +55,14 @@ async def load_library(client: Client) -> None:
 async def call_function(client: Client, function: str, key: str, *arguments: object) -> Any:
     """The function's reply. A Redis without the library gets it: one that has restarted empty, or a new master."""
     name, _ = library()
-    for is_loaded in (False, True):
-        try:
-            answer: Any = client.fcall(f"{name}_{function}", 1, key, *arguments)
-            return await answer
-        except ResponseError as error:
-            if is_loaded or "Function not found" not in str(error):
-                raise
-            await load_library(client)
-    raise AssertionError("the second try returns or raises; this is a bug")
+
+    def call() -> Any:
+        return client.fcall(f"{name}_{function}", 1, key, *arguments)
+
+    try:
+        return await call()
+    except ResponseError as error:
+        if "Function not found" not in str(error):
+            raise
+    await load_library(client)
+    return await call()

@@ -94,3 +94,17 @@ async def test_a_waiting_lease_wakes_for_a_lapsed_and_for_a_released_request(rig
     async with asyncio.timeout(PATIENCE_S / 2):
         (once_more,) = await waiting
     assert once_more.delivery == 2
+
+
+async def test_a_waiting_lease_ends_when_its_caller_wants_another(queue: Queue) -> None:
+    await queue.submit(generate("large", prompt_tokens=10, max_tokens=90))
+    has_room = asyncio.Event()
+    tight = budget(max_tokens=50, capacity_tokens=1_000)
+    waiting = asyncio.create_task(queue.lease(tight, PATIENCE_S, has_room))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    has_room.set()
+    async with asyncio.timeout(PATIENCE_S / 2):
+        assert await waiting == []
+        assert await queue.lease(tight, PATIENCE_S, has_room) == []
+    assert [lease.request.request_id for lease in await queue.lease(budget())] == ["large"]

@@ -300,3 +300,25 @@ def test_the_clock_reads_time_of_day_and_never_goes_back() -> None:
 def test_a_limit_that_makes_no_sense_is_refused(limit: str) -> None:
     with pytest.raises(ValueError, match=f"{limit} is 0"):
         MemoryQueue(**{limit: 0})  # type: ignore[arg-type]  # mypy cannot see that none of these is the clock
+
+
+@pytest.mark.parametrize("bug", ["gap at the start", "gap in the batch", "bill"])
+def test_a_gap_or_a_wrong_bill_is_a_bug_where_no_log_can_be_lost(run: Callable[..., None], bug: str) -> None:
+    async def test() -> None:
+        queue = MemoryQueue()
+        await queue.submit(generate("other"))
+        await queue.submit(generate())
+        other, lease = await queue.lease(BUDGET)
+        first, second = Tokens("r", 0, [5]), Tokens("r", 2, [6])
+        events: dict[str, list[Event]] = {
+            "gap at the start": [second],
+            "gap in the batch": [first, second],
+            "bill": [first, Finished("r", "stop", Usage(3, 2))],
+        }
+        appends = [Append(other.epoch, Tokens("other", 0, [1])), *(Append(lease.epoch, each) for each in events[bug])]
+        with pytest.raises(ValueError, match="bug"):
+            await queue.publish(appends)
+        assert (await queue.standing("r")).num_tokens == (await queue.standing("other")).num_tokens == 0
+        await queue.close()
+
+    run(test())

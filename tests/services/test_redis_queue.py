@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.queues.protocol_core import QueueLimits
 from services.queues.redis import RedisQueue
+from services.queues.redis_clients import redis_client
 from tests.contracts.queues import PATIENCE_S, budget, completion, finished, generate, lease_one, tokens
-from tests.redis_server import redis_socket
+from tests.redis_server import RedisServer, redis_socket
 from wire.errors import Unavailable
 from wire.messages import Tokens
 from wire.queue import Status
@@ -198,3 +201,46 @@ async def test_nothing_is_left_in_redis_when_all_is_over() -> None:
         assert keys <= {"clock", "epoch", "arrivals", "drain", "fair", "acct", "l:w"}
         account = await client.hgetall(f"mr:{{{site._partition}}}:acct")  # type: ignore[misc]
         assert {int(number) for number in account.values()} <= {0}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_log_that_lost_its_end_goes_on_where_it_ends(ends: bool) -> None:
+    """A failover to a replica that lagged: the worker has been told that more was logged than there is."""
+    async with open_site() as site:
+        queue = await site.process()
+        await queue.submit(generate())
+        await queue.submit(generate("other"))
+        lease, other = await queue.lease(budget())
+        await queue.publish([tokens(lease, 0, 5, 6, 7), tokens(other, 0, 1)])
+        assert await first_tokens(queue) == [5, 6, 7]
+        client = await site.client()
+        await client.set(f"mr:{{{site._partition}}}:t:r", array("i", [5]).tobytes())
+        lost = finished(lease, 3) if ends else tokens(lease, 3, 8)
+        refusals = await queue.publish([tokens(other, 1, 2), lost])
+        assert [(each.request_id, each.reason.value) for each in refusals] == [("r", "fenced")]
+        assert (await queue.standing("other")).num_tokens == 2
+        again = await lease_one(queue)
+        assert (again.token_ids, again.delivery) == ((5,), 2)
+        assert await queue.publish([tokens(again, 1, 6, 7, 8), finished(again, 4)]) == []
+        assert (await completion(queue)).token_ids == [5, 6, 7, 8]
+
+
+async def test_a_redis_without_memory_takes_nothing_new_and_lets_the_rest_come_to_its_end(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        client = redis_client(server.url)
+        queue = await RedisQueue.open(client, LIMITS)
+        await queue.submit(generate())
+        lease = await lease_one(queue)
+        await client.config_set("maxmemory", 1)
+        with pytest.raises(Unavailable):
+            await queue.submit(generate("more"))
+        assert await queue.publish([tokens(lease, 0, 5), finished(lease, 1)]) == []
+        assert (await completion(queue)).token_ids == [5]
+        await client.config_set("maxmemory", 0)
+        await queue._await_answer()
+        await queue.submit(generate("after"))
+        await queue.close()
+    finally:
+        server.stop()

@@ -223,3 +223,15 @@ async def test_draining_hands_back_what_does_not_finish_in_time() -> None:
         tokens, _ = await read(queue, "long")
     assert tokens == alone(generate("long", 150))
     await queue.close()
+
+
+async def test_room_that_is_left_over_does_not_keep_a_worker_from_asking_again() -> None:
+    """256 KV tokens, twice lent out: two requests of 180 leave 152, too few for the next until one of them ends."""
+    queue = MemoryQueue()
+    requests = [generate(f"request-{index:03}", max_tokens=169) for index in range(12)]
+    async with running(make_worker(queue, lease_s=60.0)):
+        for request in requests:
+            await queue.submit(request)
+        async with asyncio.timeout(30):
+            answers = await asyncio.gather(*(read(queue, request.request_id) for request in requests))
+    assert all(isinstance(last, Finished) for _, last in answers)

@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS_SERVE := cpu,kernels,import
-EXTRAS_TEST := $(EXTRAS_SERVE),test
+EXTRAS_TEST := $(EXTRAS_SERVE),test,deploy
 
-.PHONY: serve test check parity faults clean redis-server
+.PHONY: serve test check parity faults clean redis-server check-deploy monitoring-tools drill-p0 drill-p1 drill-p2
 
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null
@@ -15,7 +15,7 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.test redis-server
 	@$(BIN)/python -m kernels.build >/dev/null
-	$(BIN)/python -m pytest -q -m "not torch" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not torch" --ignore=tests/deploy --ignore=tests/drills $(PYTEST_ARGS)
 
 # The queue's tests run against a real server: installed where that is allowed, asked for where it is not.
 redis-server:
@@ -32,6 +32,24 @@ check: $(VENV)/.check
 faults: $(VENV)/.test redis-server
 	@$(BIN)/python -m kernels.build >/dev/null
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
+# What is deployed, without a cluster: manifests, scaling, Redis as shipped, alerts and their routes, dashboards.
+check-deploy: $(VENV)/.test redis-server monitoring-tools
+	@command -v kubectl >/dev/null || { echo "manifests are rendered by kubectl (1.27 or later), which is not installed"; exit 1; }
+	$(BIN)/python -m pytest -q tests/deploy tests/drills
+
+# A real installation, a real fault, and the tier's alerts coming and going: tests/drills. DRILL_ARGS='--help' for what it takes.
+drill-p0 drill-p1 drill-p2: $(VENV)/.test redis-server monitoring-tools
+	@$(BIN)/python -m kernels.build >/dev/null
+	$(BIN)/python -m tests.drills $(@:drill-%=%) $(DRILL_ARGS)
+
+# Debian's packages come with services: nobody asked for those.
+monitoring-tools:
+	@{ command -v promtool && command -v amtool; } >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager >/dev/null && \
+	    { systemctl disable --quiet --now prometheus prometheus-alertmanager 2>/dev/null || true; }; } || \
+	  { echo "alerts are tested with promtool and amtool, which could not be installed here (Debian: apt install prometheus prometheus-alertmanager)"; exit 1; }
 
 parity: $(VENV)/.parity
 	@$(BIN)/python -m kernels.build >/dev/null

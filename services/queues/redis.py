@@ -353,8 +353,9 @@ class RedisQueue:
                     self._pubsub = await self._subscribe()
                     self._wake_all()
                 self._hear(*await self._pubsub.next())
-            except (RedisError, OSError) as error:
-                logger.warning("queue news are interrupted", extra={"reason": str(error)})
+            except Exception as error:  # a message that cannot be read must not leave every reader deaf either
+                is_expected = isinstance(error, RedisError | OSError)
+                logger.warning("queue news are interrupted", exc_info=not is_expected, extra={"reason": str(error)})
                 lost, self._pubsub = self._pubsub, None
                 if lost is not None:
                     await lost.close()

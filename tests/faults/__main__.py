@@ -1,6 +1,6 @@
 """`python -m tests.faults`: real processes, real faults, one line a fault; exit code 1 if a token went wrong.
 
-Each fault has a gateway, two workers and a Redis (AOF, fsync always) of its own. Clients stream the same eight requests
+Each fault has gateways, workers and a Redis (AOF, fsync always) of its own. Clients stream the same eight requests
 (greedy and sampled) over and over; every token is compared with what it is without faults.
 """
 
@@ -15,46 +15,53 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.faults.scene import FAULTS, Scene, run_fault
+from tests.faults.drill import Fault, Tally, run_fault, tokens_without_faults
+from tests.faults.faults import FAULTS
+from tests.faults.scene import Scene
 from tests.shipped import shipped_settings
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", default=",".join(FAULTS), help=f"any of {', '.join(FAULTS)}")
-    parser.add_argument("--runs", type=int, default=50, help="how often each fault happens")
-    parser.add_argument("--streams", type=int, default=32, help="live streams")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=10, help="how often each fault happens")
+    parser.add_argument("--streams", type=int, default=32, help="live streams, where the fault does not bring its own")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     names = options.faults.split(",")
     if unknown := [name for name in names if name not in FAULTS]:
         parser.error(f"--faults: unknown {unknown[0]!r}; known are {', '.join(FAULTS)}")
-    store, is_clean = shipped_settings().store, True
+    is_clean = True
     for name in names:
-
-        def progress(done: int, name: str = name) -> None:
-            print(f"{name}: {done}/{options.runs}", file=sys.stderr)
-
-        with (
-            tempfile.TemporaryDirectory(prefix="millrace-faults-") as directory,
-            Scene(store, Path(directory), options.workers).open() as scene,
-        ):
-            tally = asyncio.run(
-                run_fault(scene, name, runs=options.runs, streams=options.streams, seed=options.seed, progress=progress)
-            )
+        fault = FAULTS[name]
+        streams = options.streams if fault.streams is None else fault.streams
+        tally = _drill(name, fault, options.runs, streams, options.seed)
         is_clean = is_clean and tally.is_clean
-        found = {"fault": name, "what": FAULTS[name][0], "runs": options.runs, "at_once": options.streams}
+        found = {"fault": name, "what": fault.words, "runs": options.runs, "at_once": streams}
         print(json.dumps(found | asdict(tally)) if options.json else _line(found | asdict(tally)), flush=True)
     return 0 if is_clean else 1
+
+
+def _drill(name: str, fault: Fault, runs: int, streams: int, seed: int) -> Tally:
+    def progress(done: int) -> None:
+        print(f"{name}: {done}/{runs}", file=sys.stderr)
+
+    store = shipped_settings().store
+    expected = tokens_without_faults(store)
+    with (
+        tempfile.TemporaryDirectory(prefix="millrace-faults-") as directory,
+        Scene(store, Path(directory), fault.stage).open() as scene,
+    ):
+        drill = run_fault(scene, fault, expected, runs=runs, streams=streams, seed=seed, progress=progress)
+        return asyncio.run(drill)
 
 
 def _line(row: dict[str, Any]) -> str:
     return (
         "{fault} {what}: {runs} runs, {streams:,} streams, {at_once} at a time; tokens lost {lost}, doubled {doubled},"
-        " changed {changed}; worst gap {worst_gap_s:.2f} s; refused at the door {refusals}, unexpected exits {exits},"
-        " errors {errors}"
+        " changed {changed}; worst gap {worst_gap_s:.2f} s; resumed {resumes}, taken over {takeovers}, refused at the"
+        " door {refusals}; unexpected exits {exits}, left behind {left}, errors {errors}"
     ).format(**(row | {"errors": dict(row["errors"]) or "none"}))
 
 

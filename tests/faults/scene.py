@@ -1,192 +1,182 @@
-"""A gateway, workers and Redis as real processes, clients that stream all the time, and faults among them."""
+"""Gateways, workers and Redis as real processes, and what a fault may need of them: a bad network, workers that break
+on command, clocks that can be set."""
 
 from __future__ import annotations
 
-import asyncio
-import random
+import os
+import re
 import signal
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import httpx
+from redis import Redis
 
-from tests.e2e.server import Server, serve
-from tests.faults.history import Body, History, Refused, Verdict, judge, record
+from tests.e2e.server import ROOT, Server
+from tests.faults.clock import Clock
+from tests.faults.proxy import Proxy
 from tests.redis_server import RedisServer
 
-LEASE_S = 1.0
-NEW_TOKENS = 400
-RETRY_S = 0.1
-# Greedy and sampled, each with a prompt of its own.
-BODIES: Sequence[Body] = tuple(
-    {
-        "input_ids": [100 + 7 * number + 3 * position for position in range(3 + 40 * (number % 3))],
-        "max_tokens": NEW_TOKENS,
-        "ignore_eos": True,
-        "temperature": 0.9 * (number % 2),
-        "seed": 11 + number,
-    }
-    for number in range(8)
-)
+PREFIX = "mr:{0}:"
+START_S = 60.0
+END_S = 30.0
 
 
-class Scene:
-    """The processes. Faults change them from a thread or between awaits; nothing here is shared with the clients."""
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What processes there are, and what about them can be made bad."""
 
-    def __init__(self, store: Path, directory: Path, num_workers: int) -> None:
-        self._store = store
-        self._num_workers = num_workers
-        self._stack = ExitStack()
-        self.redis = RedisServer(directory, keeps_data=True)
-        self.workers: list[Server] = []
-        self.gateway: Server
-
-    @contextmanager
-    def open(self) -> Iterator[Scene]:
-        with self._stack:
-            self.redis.start()
-            self._stack.callback(self.redis.stop)
-            self.gateway = self._stack.enter_context(serve(self._store, "gateway", **self._settings()))
-            self.workers = [self.new_worker() for _ in range(self._num_workers)]
-            yield self
-
-    def new_worker(self) -> Server:
-        return self._stack.enter_context(serve(self._store, "worker", **self._settings()))
-
-    def ended(self) -> int:
-        """Processes that are not there though they should be."""
-        return sum(server.process.poll() is not None for server in (self.gateway, *self.workers))
-
-    def _settings(self) -> dict[str, str]:
-        return {"redis_url": self.redis.url, "lease_s": str(LEASE_S), "threads": "1", "log_level": "warning"}
-
-
-async def kill_worker(scene: Scene, chance: random.Random) -> None:
-    """SIGKILL; another takes its place."""
-    victim = chance.randrange(len(scene.workers))
-    scene.workers[victim].process.send_signal(signal.SIGKILL)
-    scene.workers[victim] = await asyncio.to_thread(scene.new_worker)
-
-
-async def freeze_worker(scene: Scene, chance: random.Random) -> None:
-    """SIGSTOP for three leases: it comes back as a zombie whose requests are another's."""
-    process = chance.choice(scene.workers).process
-    process.send_signal(signal.SIGSTOP)
-    try:
-        await asyncio.sleep(3 * LEASE_S)
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
-async def kill_redis(scene: Scene, chance: random.Random) -> None:
-    """SIGKILL, back after a moment. Its AOF is written always: what a call has answered is on the disk."""
-    await asyncio.to_thread(scene.redis.stop, signal.SIGKILL)
-    await asyncio.sleep(chance.uniform(0.2, 2))
-    await asyncio.to_thread(scene.redis.start)
-
-
-async def kill_all_workers(scene: Scene, chance: random.Random) -> None:
-    """Nobody works for a few seconds; then as many as before."""
-    for worker in scene.workers:
-        worker.process.send_signal(signal.SIGKILL)
-    await asyncio.sleep(chance.uniform(1, 5))
-    scene.workers = [await asyncio.to_thread(scene.new_worker) for _ in scene.workers]
-
-
-async def freeze_redis(scene: Scene, chance: random.Random) -> None:
-    """SIGSTOP: connections stand, nothing answers; shorter and longer than the time limit of a call."""
-    scene.redis.send_signal(signal.SIGSTOP)
-    try:
-        await asyncio.sleep(chance.uniform(1, 10))
-    finally:
-        scene.redis.send_signal(signal.SIGCONT)
-
-
-async def replace_worker(scene: Scene, chance: random.Random) -> None:
-    """A rolling update: a new worker comes, SIGTERM ends an old one."""
-    new = await asyncio.to_thread(scene.new_worker)
-    victim = chance.randrange(len(scene.workers))
-    old, scene.workers[victim] = scene.workers[victim], new
-    old.process.send_signal(signal.SIGTERM)
-    code = await asyncio.to_thread(old.process.wait, 60)
-    assert code == 0, "".join(old.output)
-
-
-FAULTS: Mapping[str, tuple[str, Callable[[Scene, random.Random], Awaitable[None]]]] = {
-    "F1": ("a worker is killed", kill_worker),
-    "F2": ("a worker stands still for three leases", freeze_worker),
-    "F4": ("all workers are killed and come back", kill_all_workers),
-    "F7": ("Redis is killed and comes back", kill_redis),
-    "F8": ("Redis stands still", freeze_redis),
-    "F13": ("workers are replaced, one by one", replace_worker),
-}
+    gateways: int = 1
+    workers: int = 2
+    lease_s: float = 1.0
+    has_proxy: bool = False  # between the processes and Redis
+    has_breakable_workers: bool = False  # tests.faults.worker
+    has_clocks: bool = False  # each process reads one of its own
 
 
 @dataclass
-class Tally:
-    """All streams of a run together."""
+class Process(Server):
+    """A running gateway or worker."""
 
-    streams: int = 0
-    lost: int = 0
-    doubled: int = 0
-    changed: int = 0
-    worst_gap_s: float = 0.0
-    refusals: int = 0
-    exits: int = 0  # processes that ended though nobody killed them
-    errors: Counter[str] = field(default_factory=Counter)
+    clock: Clock | None = None
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
 
     @property
-    def is_clean(self) -> bool:
-        return not (self.lost or self.doubled or self.changed or self.exits or self.errors)
-
-    def add(self, history: History, verdict: Verdict) -> None:
-        self.streams += 1
-        self.lost += verdict.lost
-        self.doubled += verdict.doubled
-        self.changed += verdict.changed
-        self.worst_gap_s = max(self.worst_gap_s, verdict.gap_s)
-        if history.error:
-            self.errors[history.error[:200]] += 1
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
 
 
-async def run_fault(
-    scene: Scene, name: str, *, runs: int, streams: int, seed: int, progress: Callable[[int], None] = lambda _: None
-) -> Tally:
-    """`streams` clients stream without pause while the fault happens `runs` times at random moments."""
-    chance, tally, over = random.Random(seed), Tally(), asyncio.Event()
-    expected = await asyncio.to_thread(_without_faults, scene.gateway.address)
-    clients = [asyncio.create_task(_client(scene.gateway.address, n, expected, tally, over)) for n in range(streams)]
-    for number in range(runs):
-        await asyncio.sleep(chance.uniform(0.5, 2.0))
-        await FAULTS[name][1](scene, chance)
-        tally.exits += scene.ended()
-        progress(number + 1)
-    over.set()
-    await asyncio.gather(*clients)
-    return tally
+class Scene:
+    """The processes. Faults change them from a thread or between awaits; clients only ask where gateways are."""
+
+    def __init__(self, store: Path, directory: Path, stage: Stage) -> None:
+        self.stage = stage
+        self.redis = RedisServer(directory, keeps_data=True)
+        self.gateways: list[Process] = []
+        self.workers: list[Process] = []
+        self.proxy: Proxy | None = None
+        self._store = store
+        self._directory = directory
+        self._started: list[Process] = []
+
+    @contextmanager
+    def open(self) -> Iterator[Scene]:
+        """Start everything; at the end SIGTERM, and a clean exit is demanded of all that nobody has killed."""
+        with ExitStack() as stack:
+            self.redis.start()
+            stack.callback(self.redis.stop)
+            if self.stage.has_proxy:
+                self.proxy = stack.enter_context(Proxy.open(self.redis.socket))
+            stack.callback(self._kill)
+            with ThreadPoolExecutor() as pool:
+                gateways = [pool.submit(self.new_gateway) for _ in range(self.stage.gateways)]
+                workers = [pool.submit(self.new_worker) for _ in range(self.stage.workers)]
+                self.gateways = [each.result() for each in gateways]
+                self.workers = [each.result() for each in workers]
+            yield self
+            self._end()
+
+    def new_gateway(self) -> Process:
+        return self._start("services.cli", "gateway")
+
+    def new_worker(self) -> Process:
+        return self._start("tests.faults.worker" if self.stage.has_breakable_workers else "services.cli", "worker")
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the gateways, those included that have just died."""
+        return [gateway.address for gateway in self.gateways]
+
+    def ended(self) -> list[Process]:
+        """Processes that are not there though they should be."""
+        return [each for each in (*self.gateways, *self.workers) if each.has_ended]
+
+    # ---- what Redis knows ----
+
+    def num_accepted(self) -> int:
+        """Requests that the queue has taken in."""
+        with self._client() as client:
+            return int(cast(bytes | None, client.get(PREFIX + "arrivals")) or 0)
+
+    def num_leases(self) -> int:
+        """Leases handed out: as many as requests, if no worker has lost one."""
+        with self._client() as client:
+            return int(cast(bytes | None, client.get(PREFIX + "epoch")) or 0)
+
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        with self._client() as client:
+            found = cast(list[bytes | None], client.hmget(PREFIX + "acct", ["wr", "rr"]))
+            return sum(int(number or 0) for number in found)
+
+    def num_dead_letters(self) -> int:
+        """Requests that were given up."""
+        with self._client() as client:
+            return cast(int, client.xlen(PREFIX + "dead"))
+
+    def _client(self) -> Redis:
+        return Redis(unix_socket_path=self.redis.socket)
+
+    # ---- processes ----
+
+    def _start(self, module: str, command: str) -> Process:
+        """Start one and wait for its address. Raises AssertionError if it ends instead."""
+        clock = Clock(self._directory / f"clock-{len(os.listdir(self._directory))}") if self.stage.has_clocks else None
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, command],
+            cwd=ROOT, env=self._environment(clock), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        found = Process(process, "", 0.0, clock=clock)
+        self._started.append(found)
+        is_up = threading.Event()
+        threading.Thread(target=_listen, args=(found, is_up), daemon=True).start()
+        if not is_up.wait(START_S) or not found.address:
+            raise AssertionError(f"{command} has no address:\n{''.join(found.output)}")
+        return found
+
+    def _environment(self, clock: Clock | None) -> Mapping[str, str]:
+        settings = {
+            "store": str(self._store),
+            "port": "0",
+            "kv_memory_bytes": str(64 * 2**20),
+            "redis_url": self.redis.url if self.proxy is None else self.proxy.url,
+            "lease_s": str(self.stage.lease_s),
+            "threads": "1",
+            "log_level": "warning",
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
+        own = {f"MILLRACE_{name.upper()}": value for name, value in settings.items()}
+        return inherited | own | dict(clock.environment if clock is not None else {})
+
+    def _end(self) -> None:
+        left = [each for each in self._started if not each.has_ended]
+        for each in left:
+            each.process.send_signal(signal.SIGTERM)
+        for each in left:
+            assert each.process.wait(END_S) == 0, "".join(each.output)
+
+    def _kill(self) -> None:
+        for each in self._started:
+            if not each.has_ended:
+                each.kill()
+            each.process.wait()
 
 
-async def _client(address: str, number: int, expected: Sequence[list[int]], tally: Tally, over: asyncio.Event) -> None:
-    turn = number
-    while not over.is_set():
-        which = turn % len(BODIES)
-        try:
-            async with asyncio.timeout(120):
-                history = await record(address, BODIES[which])
-        except Refused:
-            tally.refusals += 1
-            await asyncio.sleep(RETRY_S)
-            continue
-        except TimeoutError:
-            history = History(BODIES[which], error="no end within 120 s")
-        tally.add(history, judge(history, expected[which]))
-        turn += 1
-
-
-def _without_faults(address: str) -> list[list[int]]:
-    with httpx.Client(base_url=address, timeout=60) as client:
-        answers = [client.post("/generate", json=dict(body)).raise_for_status().json() for body in BODIES]
-    return [list(answer["token_ids"]) for answer in answers]
+def _listen(found: Process, is_up: threading.Event) -> None:
+    """Keep what the process says, and its address once it has said it."""
+    assert found.process.stdout is not None
+    with found.process.stdout as lines:
+        for line in lines:
+            found.output.append(line)
+            if not is_up.is_set() and (address := re.search(r" at (http://\S+)", line)):
+                found.address = address.group(1)
+                is_up.set()
+    is_up.set()  # it has ended

@@ -1,40 +1,29 @@
-"""The judge sees what goes wrong, and a few of each fault go well. `make faults` does many."""
+"""Each fault once, with real processes. `make faults` does many."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from services.settings import Settings
-from tests.faults.history import History, Verdict, judge
-from tests.faults.scene import FAULTS, Scene, run_fault
+from tests.faults.drill import run_fault, tokens_without_faults
+from tests.faults.faults import FAULTS, STORM
+from tests.faults.scene import Scene
 
-EXPECTED = [5, 6, 7, 8]
-
-
-@pytest.mark.parametrize(
-    ("events", "finish_reason", "verdict"),
-    [
-        ([(0.0, 0, [5, 6]), (0.5, 2, [7, 8])], "length", Verdict(0, 0, 0, 0.5)),
-        ([(0.0, 0, [5, 6]), (0.5, 1, [6, 7, 8])], "length", Verdict(0, 1, 0, 0.5)),
-        ([(0.0, 0, [5, 6]), (0.5, 3, [8])], "length", Verdict(1, 0, 0, 0.5)),
-        ([(0.0, 0, [5, 9]), (0.5, 2, [7, 8])], "length", Verdict(0, 0, 1, 0.5)),
-        ([(0.0, 0, [5, 6, 7, 8, 9])], "length", Verdict(0, 0, 1, 0.0)),
-        ([(0.0, 0, [5, 6]), (2.0, 2, [7, 8])], None, Verdict(1, 0, 0, 2.0)),
-        ([], None, Verdict(4, 0, 0, 0.0)),
-    ],
-)
-def test_the_judge_counts_what_went_wrong(
-    events: list[tuple[float, int, list[int]]], finish_reason: str | None, verdict: Verdict
-) -> None:
-    assert judge(History({}, events, finish_reason), EXPECTED) == verdict
+STREAMS = 8
+# What a fault that has happened leaves behind, besides tokens that are right.
+TRACES: Mapping[str, str] = {"F6": "resumes", "F12": "takeovers"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_nothing_is_lost_doubled_or_changed(name: str, shipped_settings: Settings, tmp_path: Path) -> None:
-    with Scene(shipped_settings.store, tmp_path, num_workers=2).open() as scene:
-        tally = asyncio.run(run_fault(scene, name, runs=2, streams=8, seed=3))
+    fault, expected = FAULTS[name], tokens_without_faults(shipped_settings.store)
+    streams = STREAMS if fault.streams is None else min(STREAMS, fault.streams)
+    with Scene(shipped_settings.store, tmp_path, fault.stage).open() as scene:
+        tally = asyncio.run(run_fault(scene, fault, expected, runs=1, streams=streams, seed=3))
     assert tally.is_clean, tally
-    assert tally.streams >= 8
+    assert tally.streams >= {"F12": 7, "F15": STORM}.get(name, STREAMS)
+    assert name not in TRACES or getattr(tally, TRACES[name]) > 0, tally

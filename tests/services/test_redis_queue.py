@@ -244,3 +244,16 @@ async def test_a_redis_without_memory_takes_nothing_new_and_lets_the_rest_come_t
         await queue.close()
     finally:
         server.stop()
+
+
+async def test_a_message_that_cannot_be_read_leaves_nobody_deaf() -> None:
+    async with open_site() as site:
+        queue, worker = await site.process(), await site.process()
+        await queue.submit(generate())
+        reading = asyncio.create_task(completion(queue))
+        lease = await lease_one(worker)
+        client = await site.client()
+        await client.publish(queue._channel, b"\xff\xff\xff\x00nonsense")
+        await asyncio.sleep(0.05)
+        await worker.publish([tokens(lease, 0, 5), finished(lease, 1)])
+        assert (await reading).token_ids == [5]

@@ -84,6 +84,7 @@ class Worker:
         self._draining = False
         self._fatal: BaseException | None = None
         self._last_step = time.monotonic()
+        self._step_began: float | None = None  # None between steps
         self._is_idle = True
         self._was_away = False
 
@@ -91,6 +92,15 @@ class Worker:
     def is_alive(self) -> bool:
         """Steps commit, or nothing waits."""
         return self._fatal is None and (self._is_idle or time.monotonic() - self._last_step < HUNG_AFTER_S)
+
+    @property
+    def _is_stalled(self) -> bool:
+        """A step takes so long that it may never end. What this worker loses by it, it must not lease again.
+
+        A quarter of a lease, and calls of `lease` wait for half of one: the last has ended before a lease lapses.
+        """
+        began = self._step_began
+        return began is not None and time.monotonic() - began > self._lease_s / 4
 
     @property
     def is_ready(self) -> bool:
@@ -155,6 +165,9 @@ class Worker:
     async def _lease_loop(self) -> None:
         while not self._stopping:
             self._work_changed.clear()
+            if self._is_stalled:
+                await asyncio.sleep(self._lease_s / 4)
+                continue
             budget = self._budget()
             if self._draining or budget.max_requests < 1 or budget.max_tokens < 1:
                 await self._work_changed.wait()
@@ -163,7 +176,7 @@ class Worker:
                 # What waits may be too large for what is free: then room that appears is a reason to ask again.
                 is_tight = budget.max_tokens < budget.capacity_tokens or not budget.takes_suspect
                 until = self._work_changed if is_tight else None
-                leases = await self._queue.lease(budget, self._lease_s, until)
+                leases = await self._queue.lease(budget, self._lease_s / 2, until)
             except Unavailable as error:
                 await self._queue_is_away(error)
                 continue
@@ -298,8 +311,10 @@ class Worker:
                     self._is_idle = not self._inbox
                     self._wake_engine.wait(timeout=1.0)
                     continue
+                self._step_began = time.monotonic()
                 appends = self._engine.step()
                 self._last_step = time.monotonic()
+                self._step_began = None
                 self.load = self._engine.load
                 if appends:
                     self._outbox.extend(appends)

@@ -52,6 +52,9 @@ class MasterClient(Redis):
             raise RedisConnectionError(f"no connection has come free within {CALL_TIMEOUT_S:g} s") from None
         try:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            # uvloop's word, which redis-py lets through, for a connection that was reset just before it was written to.
+            raise RedisConnectionError(f"the connection has closed: {error}") from error
         finally:
             self._turns.release()
 

@@ -59,6 +59,12 @@ class Settings:
     ] = "redis://127.0.0.1:6379/0"
     metrics_port: Annotated[int, About("port of its own for /metrics; 0 = on the gateway's port", 0, 65535)] = 0
     threads: Annotated[int, About("compute threads; 0 = one for each core this process may use", 0, 1024)] = 0
+    spin: Annotated[
+        str,
+        About(
+            "do compute threads spin for a moment between steps; auto = not in `worker`", choices=("auto", "yes", "no")
+        ),
+    ] = "auto"
     kernels: Annotated[str, About("instruction set of the kernels", choices=("auto", "portable", "avx2", "avx512"))] = (
         "auto"
     )

@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
@@ -32,7 +33,13 @@ from services.telemetry.process import describe_process
 
 def run_worker(settings: Settings) -> int:
     """Work until a signal; the exit code is 1 if a model's backend was lost."""
+    settings = _beside_others(settings)
     return run_loop(_work(settings, *begin(settings)))
+
+
+def _beside_others(settings: Settings) -> Settings:
+    """A worker often shares its cores with a gateway or Redis, or has a quota of them: spinning takes from both."""
+    return replace(settings, spin="no") if settings.spin == "auto" else settings
 
 
 async def _work(settings: Settings, models: Sequence[StoredModel], listener: socket.socket) -> int:

@@ -16,7 +16,7 @@ class StepLimits:
     max_batch_seqs: int
     kv_memory_bytes: int
     threads: int
-    shares_cores: bool = False  # other models compute in this process
+    shares_cores: bool = False  # with other models of this process, or with other processes: threads do not spin
 
 
 def bytes_per_block(manifest: ModelManifest) -> int:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS_SERVE := cpu,kernels,import
 EXTRAS_TEST := $(EXTRAS_SERVE),test,deploy
 
-.PHONY: serve test check parity faults clean redis-server check-deploy monitoring-tools drill-p0 drill-p1 drill-p2
+.PHONY: serve test check parity faults clean redis-server check-deploy monitoring-tools drill-p0 drill-p1 drill-p2 image-test bench-gate
 
 serve: $(VENV)/.serve
 	@$(BIN)/python -m kernels.build >/dev/null
@@ -50,6 +50,14 @@ monitoring-tools:
 	    apt-get install -y -qq --no-install-recommends prometheus prometheus-alertmanager >/dev/null && \
 	    { systemctl disable --quiet --now prometheus prometheus-alertmanager 2>/dev/null || true; }; } || \
 	  { echo "alerts are tested with promtool and amtool, which could not be installed here (Debian: apt install prometheus prometheus-alertmanager)"; exit 1; }
+
+# Builds the images and runs them, sealed, with a worker killed in mid-stream (docs/containers.md): minutes the first time.
+image-test: $(VENV)/.test redis-server
+	$(BIN)/python -m tests.images $(IMAGE_ARGS)
+
+# Is the engine as fast as in another checkout of this repository? make bench-gate BASE=../main
+bench-gate: $(VENV)/.serve
+	$(BIN)/python -m scripts.bench_gate $(BASE)
 
 parity: $(VENV)/.parity
 	@$(BIN)/python -m kernels.build >/dev/null

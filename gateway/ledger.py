@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ATTACH_S: Final = 1.0  # between submit and the first reader: only an exception makes it longer
 FULL_S: Final = 0.1  # a refusal stands for so long
+SUBMITS: Final = 16  # at the same time; who waits longer than a refusal takes is refused with it
 AGAIN_S: Final = 0.5
 PATIENCE_S: Final = 60.0  # how long a queue that is away is told again that nobody reads a request
 
@@ -77,6 +78,7 @@ class Ledger:
         self._live: dict[str, Ticket] = {}
         self._full: dict[str, tuple[float, QueueFull]] = {}  # by tenant: until when its last refusal is news
         self._abandoning: set[asyncio.Task[None]] = set()
+        self._door = asyncio.Semaphore(SUBMITS)
 
     @property
     def num_live(self) -> int:
@@ -96,7 +98,9 @@ class Ledger:
         if time.monotonic() >= until:
             del self._full[caller.tenant]
         elif least_tokens > full.room_tokens:
-            raise QueueFull(full.message, retry_after_s=full.retry_after_s)
+            error = QueueFull(full.message, retry_after_s=full.retry_after_s)
+            error.room_tokens = full.room_tokens
+            raise error
 
     async def submit(self, admitted: Admitted) -> Ticket:
         """Put the request into the queue, or attach to the one that has its id and body.
@@ -105,9 +109,12 @@ class Ledger:
         """
         request = admitted.request
         try:
-            is_new = await self.queue.submit(request)
+            async with self._door:
+                if not admitted.is_keyed:  # what was said while it waited
+                    self.check_room(Caller(request.tenant), request.max_total_tokens)
+                is_new = await self.queue.submit(request)
         except QueueFull as full:
-            self._full[request.tenant] = (time.monotonic() + FULL_S, full)
+            self._full.setdefault(request.tenant, (time.monotonic() + FULL_S, full))
             raise
         except (BadRequest, Conflict):
             raise

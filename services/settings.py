@@ -65,6 +65,9 @@ class Settings:
             "do compute threads spin for a moment between steps; auto = not in `worker`", choices=("auto", "yes", "no")
         ),
     ] = "auto"
+    worker_nice: Annotated[
+        int, About("`worker` steps back this far for a gateway and Redis on the same cores; 0 = not", 0, 19)
+    ] = 7
     kernels: Annotated[str, About("instruction set of the kernels", choices=("auto", "portable", "avx2", "avx512"))] = (
         "auto"
     )

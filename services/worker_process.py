@@ -7,6 +7,7 @@ killed, its leases lapse and another worker continues at the next token. Its por
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from services.telemetry.process import describe_process
 def run_worker(settings: Settings) -> int:
     """Work until a signal; the exit code is 1 if a model's backend was lost."""
     settings = _beside_others(settings)
+    os.nice(settings.worker_nice)  # before any thread is there: tokens wait for a millisecond, refusals need not
     return run_loop(_work(settings, *begin(settings)))
 
 

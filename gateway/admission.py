@@ -32,7 +32,6 @@ class Admitted:
     request: Generate
     model: ServedModel
     arrived_at: float  # time.perf_counter()
-    is_keyed: bool = False  # it may be known already
 
 
 class Admission:
@@ -77,7 +76,7 @@ class Admission:
             stop=body.stop,
             background=body.background,
         )
-        return Admitted(request, model, arrived_at, is_keyed=key is not None)
+        return Admitted(request, model, arrived_at)
 
     def _check_stops(self, body: GenerateBody, model: ServedModel) -> None:
         limits = self._limits

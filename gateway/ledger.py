@@ -27,8 +27,7 @@ from wire.queue import Queue, Standing
 logger = logging.getLogger(__name__)
 
 ATTACH_S: Final = 1.0  # between submit and the first reader: only an exception makes it longer
-FULL_S: Final = 0.1  # a refusal stands for so long
-SUBMITS: Final = 16  # at the same time; who waits longer than a refusal takes is refused with it
+FULL_S: Final = 0.05  # a refusal stands for so long; then one request tries again
 AGAIN_S: Final = 0.5
 PATIENCE_S: Final = 60.0  # how long a queue that is away is told again that nobody reads a request
 
@@ -78,7 +77,6 @@ class Ledger:
         self._live: dict[str, Ticket] = {}
         self._full: dict[str, tuple[float, QueueFull]] = {}  # by tenant: until when its last refusal is news
         self._abandoning: set[asyncio.Task[None]] = set()
-        self._door = asyncio.Semaphore(SUBMITS)
 
     @property
     def num_live(self) -> int:
@@ -95,8 +93,8 @@ class Ledger:
         until, full = self._full.get(caller.tenant, (0.0, None))
         if full is None:
             return
-        if time.monotonic() >= until:
-            del self._full[caller.tenant]
+        if (now := time.monotonic()) >= until:  # this one may try; the others wait for what it finds
+            self._full[caller.tenant] = (now + FULL_S, full)
         elif least_tokens > full.room_tokens:
             error = QueueFull(full.message, retry_after_s=full.retry_after_s)
             error.room_tokens = full.room_tokens
@@ -109,12 +107,9 @@ class Ledger:
         """
         request = admitted.request
         try:
-            async with self._door:
-                if not admitted.is_keyed:  # what was said while it waited
-                    self.check_room(Caller(request.tenant), request.max_total_tokens)
-                is_new = await self.queue.submit(request)
+            is_new = await self.queue.submit(request)
         except QueueFull as full:
-            self._full.setdefault(request.tenant, (time.monotonic() + FULL_S, full))
+            self._full[request.tenant] = (time.monotonic() + FULL_S, full)
             raise
         except (BadRequest, Conflict):
             raise
@@ -122,6 +117,7 @@ class Ledger:
             if request.request_id not in self._live:
                 self._spawn(self._abandon_in_queue(request.request_id))
             raise
+        self._full.pop(request.tenant, None)
         ticket = self._live.get(request.request_id)
         if ticket is None:
             ticket = Ticket(request.request_id, Facts.of(request), admitted.model, admitted.arrived_at)

@@ -71,8 +71,8 @@ def run_overload(plan: OverloadPlan) -> dict[str, Any]:
     best = _answered(max(search, key=lambda row: float(row["good_per_s"])), plan)
     bound = plan.max_queued_tokens(best["good_per_s"])
     # What an operator would set who has seen the search: the queue bounded, the batch where most was answered.
-    settings = {"max_queued_tokens": str(bound), "max_batch_seqs": str(best["clients"])}
-    with separate(kv_memory_bytes=KV_MEMORY_BYTES, **settings) as system:
+    batch = str(best["clients"])
+    with separate(kv_memory_bytes=KV_MEMORY_BYTES, max_queued_tokens=str(bound), max_batch_seqs=batch) as system:
         found = run(_overload(system, plan, min(best["clients"], bound // plan.request_tokens)))
     over = found["overload"]
     return {

@@ -224,6 +224,8 @@ class Worker:
                 event = append.event
                 if isinstance(event, Finished | Failed):
                     self._forget(event.request_id, append.epoch)
+                else:
+                    self._acquit(event.request_id, append.epoch)
             for refusal in refusals:
                 self._refused(refusal)
 
@@ -245,6 +247,13 @@ class Worker:
             logger.warning("the queue is away", extra={"reason": error.message})
         self._was_away = True
         await asyncio.sleep(AWAY_RETRY_S)
+
+    def _acquit(self, request_id: str, epoch: int) -> None:
+        """It has computed a token: no suspect any more, so the next may come."""
+        owned = self._owned.get(request_id)
+        if owned is not None and owned.epoch == epoch and owned.is_suspect:
+            owned.is_suspect = False
+            self._work_changed.set()
 
     def _forget(self, request_id: str, epoch: int) -> None:
         owned = self._owned.get(request_id)

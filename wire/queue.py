@@ -8,14 +8,15 @@ Leases fence: `lease` hands a request to one worker with a new `epoch`; an appen
 with FENCED and changes nothing. A lease that is not renewed (publishing renews) lapses, and the request is handed out
 again with the tokens logged so far, so that the next worker continues at the next index. Until somebody takes it over,
 an owner that was merely late has its lease back with its next append or renewal. When the lease of delivery
-`max_deliveries` lapses, the request ends as Failed(worker_lost). A request that passes its deadline, waiting or
-running, ends as Failed(deadline_exceeded).
+`max_deliveries` lapses, the request ends as Failed(worker_lost); a delivery that logs a token counts as the first again:
+what makes progress is not what kills its workers. A request that passes its deadline, waiting or running, ends as
+Failed(deadline_exceeded).
 
 A call whose reply was lost may be repeated: what has been done already is recognised and not done twice. An epoch is
 never given out twice, not even to a later request of the same id.
 
 Order: priority 1 first; within a priority tenants share by weight, in tokens (start-time fair queueing: Goyal, Vin and
-Cheng, 1996); within a tenant oldest first. A request that may be handed out only once more is a *suspect*: its workers
+Cheng, 1996); within a tenant oldest first. A request that has lost `max_deliveries` - 1 workers is a *suspect*: they
 died, perhaps of it. A worker holds one suspect at a time, so what kills a worker for the last time takes no other
 suspect with it.
 """
@@ -58,7 +59,7 @@ class Lease:
     epoch: int
     token_ids: tuple[int, ...]
     delivery: int  # 1 = first
-    is_suspect: bool = False  # there is no further delivery
+    is_suspect: bool = False  # so many workers have died with it
 
 
 @dataclass(frozen=True, slots=True)

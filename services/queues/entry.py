@@ -29,7 +29,8 @@ class Entry:
     status: Status = Status.WAITING
     epoch: int | None = None  # of the last lease; None = nobody may append
     lease_until_ms: int = 0
-    deliveries: int = 0
+    deliveries: int = 0  # since one of them logged a token, that one included
+    losses: int = 0  # leases that lapsed, in all
     is_cancelled: bool = False  # while running: its worker has yet to hear of it
     tokens: array[int] = field(default_factory=lambda: array("i"))  # int32 holds every wire.messages.TokenId
     terminal: bytes = b""  # the encoded Finished or Failed

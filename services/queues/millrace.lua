@@ -26,9 +26,9 @@ local RANK = 2 ^ 51 -- tags are below it; (rank + 1) * RANK + tag is exact in a 
 local UNITS = $units
 local WINDOW_MS = $window_ms
 local LIMITS = {$limits}
-local FIELDS = {'status', 'model', 'tokens', 'prompt', 'score', 'place', 'epoch', 'until', 'deliveries', 'deadline', 'cancel',
+local FIELDS = {'status', 'model', 'tokens', 'prompt', 'score', 'place', 'epoch', 'until', 'deliveries', 'losses', 'deadline', 'cancel',
                 'ended_as', 'forget', 'channel', 'shared', 'tenant', 'background', 'orphan'}
-local NUMBERS = {'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'deadline', 'forget', 'orphan'}
+local NUMBERS = {'tokens', 'prompt', 'score', 'epoch', 'until', 'deliveries', 'losses', 'deadline', 'forget', 'orphan'}
 
 local known_limits = {} -- by their text: every caller sends the same few
 
@@ -255,6 +255,8 @@ local function lapse(c, e)
         redis.call('HINCRBY', c.p .. 'acct', 'dl:' .. e.model, 1)
         finish(c, e, failed(e, '$lost_code', $lost_retryable, message))
     else
+        e.losses = (e.losses or 0) + 1
+        set(c, e, 'losses', e.losses)
         put_back(c, e)
     end
 end
@@ -458,8 +460,8 @@ local function line(c, models, most)
     return places
 end
 
-local function is_suspect(c, deliveries)
-    return deliveries >= 1 and deliveries + 1 >= c.limits.max_deliveries
+local function is_suspect(c, losses)
+    return losses >= math.max(1, c.limits.max_deliveries - 1)
 end
 
 -- waiting_line.py, pick()
@@ -472,8 +474,8 @@ local function pick(c, models, max_requests, max_tokens, capacity, takes_suspect
             if looked > overtakes or tonumber(redis.call('HGET', c.p .. 'over', head) or 0) >= overtakes then break end
         end
         local id = string.sub(place[2], 14)
-        local found = redis.call('HMGET', c.p .. 'r:' .. id, 'tokens', 'deliveries')
-        local tokens, suspect = tonumber(found[1]), is_suspect(c, tonumber(found[2]))
+        local found = redis.call('HMGET', c.p .. 'r:' .. id, 'tokens', 'losses')
+        local tokens, suspect = tonumber(found[1]), is_suspect(c, tonumber(found[2] or 0))
         if takes_suspect or not suspect then
             local needed = tokens <= capacity and tokens or 0 -- what can never fit is handed out to be refused in words
             if needed <= room then
@@ -492,7 +494,7 @@ end
 -- A lease as the worker reads it.
 local function handed(c, e, epoch, delivery)
     local log = redis.call('GET', c.p .. 't:' .. e.id) or ''
-    local suspect = is_suspect(c, delivery - 1) and 1 or 0
+    local suspect = is_suspect(c, e.losses or 0) and 1 or 0
     return {redis.call('HGET', c.p .. 'r:' .. e.id, 'body'), epoch, log, delivery, suspect}
 end
 
@@ -623,6 +625,10 @@ local function append(c, id, epoch, kind, first, payload, completed)
         if #fresh > 0 then
             redis.call('APPEND', c.p .. 't:' .. id, fresh)
             e.n = n + #fresh / 4
+            if e.deliveries > 1 then -- what makes progress does not kill its workers
+                e.deliveries = 1
+                set(c, e, 'deliveries', 1)
+            end
             tell(c, e, framed(id, n, fresh, ''))
         end
     elseif e.cancel and kind == 'f' then
@@ -676,7 +682,8 @@ local function release(keys, args)
             redis.call('HDEL', c.p .. 'r:' .. e.id, 'epoch')
             redis.call('HINCRBY', c.p .. 'r:' .. e.id, 'deliveries', -1)
             if e.cancel then finish(c, e, cancelled(c, e))
-            elseif e.status == 'r' then put_back(c, e) end
+            elseif e.status == 'r' then put_back(c, e)
+            else set(c, e, 'losses', e.losses - 1) end -- it had lapsed: its worker was late, and is not lost
         end
     end
     return close(c)

@@ -62,9 +62,9 @@ class QueueLimits:
             if getattr(self, limit.name) < 1 and limit.name != "refuses_unserved":
                 raise ValueError(f"{limit.name} is {getattr(self, limit.name)}; it must be at least 1")
 
-    def is_suspect(self, deliveries: int) -> bool:
-        """Whether a request that was delivered so often may be delivered only once more, and had workers die on it."""
-        return deliveries >= 1 and deliveries + 1 >= self.max_deliveries
+    def is_suspect(self, losses: int) -> bool:
+        """Whether so many workers have died on a request, or beside it, that the next must hold no other such one."""
+        return losses >= max(1, self.max_deliveries - 1)
 
     def ttl_ms(self, facts: Facts) -> int:
         """How long an ended request is kept."""
@@ -161,7 +161,7 @@ class QueueCore:
         leases = []
         for request_id in self._line.pick(budget):
             entry = self._entries[request_id]
-            is_suspect = self._limits.is_suspect(entry.deliveries)
+            is_suspect = self._limits.is_suspect(entry.losses)
             self._epochs += 1
             entry.epoch = self._epochs
             entry.deliveries += 1
@@ -214,8 +214,10 @@ class QueueCore:
                 self._end(entry, entry.cancelled(), now)
             elif entry.status is Status.RUNNING:
                 self._put_back(entry, now)
-            else:
-                self._line.acquit(entry.request_id)  # it had lapsed, and has a delivery to spare again
+            else:  # it had lapsed: its worker was late, and is not lost
+                entry.losses -= 1
+                if not self._limits.is_suspect(entry.losses):
+                    self._line.acquit(entry.request_id)
 
     def report(self, report: WorkerReport, now: int) -> None:
         """A worker says that it is there."""
@@ -261,6 +263,7 @@ class QueueCore:
             self._accounts.bury(entry.model)
             self._fail(entry, WorkerLost(f"given up: {entry.deliveries} workers were lost while serving this"), now)
         else:
+            entry.losses += 1
             self._put_back(entry, now)
 
     def _set_alarm(self, entry: Entry) -> None:
@@ -291,6 +294,7 @@ class QueueCore:
             fresh = event.token_ids[len(entry.tokens) - event.first_index :]  # the rest is logged already
             if fresh:
                 entry.tokens.extend(fresh)
+                entry.deliveries = min(entry.deliveries, 1)  # what makes progress does not kill its workers
                 self.grown.add(entry.request_id)
         elif entry.is_cancelled and isinstance(event, Finished):
             self._end(entry, entry.cancelled(event.usage.cached_tokens, event.timings), now)
@@ -335,7 +339,7 @@ class QueueCore:
         self._offer(entry)
 
     def _offer(self, entry: Entry) -> None:
-        self._line.add(entry.model, entry.place, is_suspect=self._limits.is_suspect(entry.deliveries))
+        self._line.add(entry.model, entry.place, is_suspect=self._limits.is_suspect(entry.losses))
         self.offered.add(entry.model)
 
     def _fail(self, entry: Entry, error: DeadlineExceeded | WorkerLost, now: int) -> None:

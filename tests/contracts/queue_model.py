@@ -28,6 +28,7 @@ class Life:
     running_until_ms: int | None = None  # None = waiting
     waits_since_ms: int = 0
     deliveries: int = 0
+    losses: int = 0
     cancelled: bool = False
     end: str = ""  # a finish reason, or the code of a failure
     forget_at_ms: int = 0
@@ -35,7 +36,7 @@ class Life:
 
     @property
     def is_suspect(self) -> bool:
-        return self.deliveries == DELIVERIES - 1
+        return self.losses >= DELIVERIES - 1
 
     @property
     def place(self) -> tuple[int, int]:
@@ -97,7 +98,10 @@ class QueueModel:
         if life.cancelled:
             return RefusalReason.CANCELLED
         life.running_until_ms = self.now_ms + LEASE_MS
-        life.log += token_ids[len(life.log) - first_index :]
+        fresh = token_ids[len(life.log) - first_index :]
+        if fresh:
+            life.log += fresh
+            life.deliveries = min(life.deliveries, 1)
         return None
 
     def finish(self, request_id: str, epoch: int, length: int) -> RefusalReason | None:
@@ -125,8 +129,10 @@ class QueueModel:
             return
         life.owner = None
         life.deliveries -= 1
-        if life.running_until_ms is not None:  # else it has lapsed, and waits already
+        if life.running_until_ms is not None:
             life.waits_since_ms = self.now_ms
+        else:  # it has lapsed, and waits already
+            life.losses -= 1
         life.running_until_ms = None
         if life.cancelled:
             self._end(life, "cancelled")
@@ -156,6 +162,8 @@ class QueueModel:
                     self._end(life, "cancelled")
                 elif life.deliveries == DELIVERIES:
                     self._end(life, "worker_lost")
+                else:
+                    life.losses += 1
 
     def depth(self) -> Depth:
         live = [life for life in self.known.values() if not life.end]

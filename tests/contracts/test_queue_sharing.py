@@ -125,3 +125,22 @@ async def test_a_request_that_kills_its_workers_takes_no_innocent_along(open_rig
             assert terminal.code == "worker_lost"
         else:
             assert not isinstance(terminal, Failed)
+
+
+async def test_what_makes_progress_is_never_given_up_however_many_workers_die(open_rig: OpenRig) -> None:
+    rig = await open_rig(QueueOptions(max_deliveries=3, lease_ms=1_000))
+    queue = rig.queue
+    await queue.submit(generate())
+    for index in range(6):
+        lease = await lease_one(queue)
+        assert (lease.delivery, lease.is_suspect) == (1 if not index else 2, index >= 2)
+        assert await queue.publish([tokens(lease, index, 5)]) == []
+        await rig.advance(1_000)
+    assert [(await lease_one(queue)).delivery for _ in range(1)] == [2]
+    await rig.advance(1_000)
+    last = await lease_one(queue)
+    assert (last.delivery, last.is_suspect) == (3, True)
+    await rig.advance(1_000)
+    answer = await completion(queue)
+    assert isinstance(answer.terminal, Failed)
+    assert answer.token_ids == [5] * 6

@@ -132,7 +132,7 @@ class Scene:
         """Exit codes of those that still run, after SIGTERM."""
         running = [name for name in self._ports if self._facts(name)["State"]["Running"]]
         for name in running:
-            self._engine("stop", "--time", "30", f"{self._prefix}-{name}")
+            self._engine("stop", "-t", "30", f"{self._prefix}-{name}")
         return {name: self._facts(name)["State"]["ExitCode"] for name in running}
 
     @property

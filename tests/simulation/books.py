@@ -45,6 +45,7 @@ class Life:
     owner: int | None = None  # the epoch that may append
     until_ms: int | None = None  # of the lease; None = waiting
     deliveries: int = 0
+    losses: int = 0
     max_delivery: int = 0  # so many workers have had it
     is_cancelled: bool = False
     terminal: Finished | Failed | None = None
@@ -105,6 +106,7 @@ class Books:
             self.dead.append(life)
             self._end(life, Failed(life.request.request_id, "worker_lost", "", True), now)
         else:
+            life.losses += 1
             self._put_back(life, now)
 
     # --- the gateways' side -------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class Books:
 
     def is_suspect(self, life: Life) -> bool:
         """Whether somebody who waits may be handed out only once more, and workers have died of it or beside it."""
-        return 0 < life.deliveries == self.limits.max_deliveries - 1
+        return life.losses >= max(1, self.limits.max_deliveries - 1)
 
     def handed_out(self, lease: Lease, now: int) -> Life:
         """A lease under a new epoch, of somebody who waited. Judges it alone; order.py judges the choice."""
@@ -235,6 +237,8 @@ class Books:
                 self._end(life, cancelled(life), now)
             elif life.until_ms is not None:
                 self._put_back(life, now)
+            else:
+                life.losses -= 1
 
     def report(self, report: WorkerReport, now: int) -> None:
         self.pass_time(now)
@@ -264,6 +268,7 @@ class Books:
             end = event.first_index + len(event.token_ids)
             if end > life.num_tokens:
                 life.num_tokens = end
+                life.deliveries = min(life.deliveries, 1)
                 self.grown.add(event.request_id)
         elif life.is_cancelled and isinstance(event, Finished):
             self._end(life, cancelled(life), now)
@@ -296,7 +301,7 @@ class Books:
         demand(lease.request == life.request, f"{request_id} is handed out with another body")
         demand(list(lease.token_ids) == life.log, f"{request_id} is handed out with {len(lease.token_ids)} tokens")
         demand(lease.delivery == life.deliveries <= most, f"{request_id}: delivery {lease.delivery} of {most}")
-        is_suspect = life.deliveries == most > 1
+        is_suspect = self.is_suspect(life)
         demand(lease.is_suspect == is_suspect, f"{request_id} is {'' if is_suspect else 'not '}a suspect")
 
     def _is_served(self, model: str, now: int) -> bool:

@@ -8,8 +8,8 @@ Leases fence: `lease` hands a request to one worker with a new `epoch`; an appen
 with FENCED and changes nothing. A lease that is not renewed (publishing renews) lapses, and the request is handed out
 again with the tokens logged so far, so that the next worker continues at the next index. Until somebody takes it over,
 an owner that was merely late has its lease back with its next append or renewal. When the lease of delivery
-`max_deliveries` lapses, the request ends as Failed(worker_lost); a delivery that logs a token counts as the first again:
-what makes progress is not what kills its workers. A request that passes its deadline, waiting or running, ends as
+`max_deliveries` lapses, the request ends as Failed(worker_lost); a delivery that logs a token counts as the first
+again: what makes progress is not what kills its workers. A request that passes its deadline, waiting or running, ends as
 Failed(deadline_exceeded).
 
 A call whose reply was lost may be repeated: what has been done already is recognised and not done twice. An epoch is

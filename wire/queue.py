@@ -9,8 +9,8 @@ with FENCED and changes nothing. A lease that is not renewed (publishing renews)
 again with the tokens logged so far, so that the next worker continues at the next index. Until somebody takes it over,
 an owner that was merely late has its lease back with its next append or renewal. When the lease of delivery
 `max_deliveries` lapses, the request ends as Failed(worker_lost); a delivery that logs a token counts as the first
-again: what makes progress is not what kills its workers. A request that passes its deadline, waiting or running, ends as
-Failed(deadline_exceeded).
+again: what makes progress is not what kills its workers. A request that passes its deadline, waiting or running, ends
+as Failed(deadline_exceeded).
 
 A call whose reply was lost may be repeated: what has been done already is recognised and not done twice. An epoch is
 never given out twice, not even to a later request of the same id.

@@ -167,9 +167,7 @@ class Queue(Protocol):
         """
         ...
 
-    async def lease(
-        self, budget: LeaseBudget, wait_s: float = 0.0, until: asyncio.Event | None = None
-    ) -> list[Lease]:
+    async def lease(self, budget: LeaseBudget, wait_s: float = 0.0, until: asyncio.Event | None = None) -> list[Lease]:
         """Take what fits. Waits up to `wait_s` for the first request that does when there is none (no polling).
 
         `until`: when it is set the wait is over: the caller's budget is another.

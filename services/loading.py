@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from kernels import loader
 from model_store.manifest import ModelManifest, read_manifest
 from model_store.parity import PROMPT_LENGTHS
 from model_store.store import Store
-from services.backends.onnxruntime import OnnxRuntimeBackend
 from services.backends.sizing import StepLimits, bytes_per_block, count_blocks
 from services.machine import Machine, inspect_machine
 from services.settings import Settings
 from wire.messages import Generate
+
+if TYPE_CHECKING:
+    from services.backends.onnxruntime import OnnxRuntimeBackend
 
 KV_SHARE_OF_FREE_MEMORY = 0.25
 CPU_BATCH_TOKENS = 512
@@ -62,7 +65,7 @@ def step_limits(settings: Settings, target: str = "cpu", machine: Machine | None
         max_batch_seqs=settings.max_batch_seqs,
         kv_memory_bytes=settings.kv_memory_bytes or int(machine.free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
         threads=settings.threads or machine.cores,
-        shares_cores=settings.spin == "no" or (settings.spin == "auto" and len(settings.model_names) > 1),
+        shares_cores=len(settings.model_names) > 1,
     )
 
 
@@ -73,6 +76,8 @@ def open_backend(settings: Settings, model: StoredModel) -> Backend:
 
 def open_cpu(settings: Settings, model: StoredModel, *, profile: Path | None = None) -> OnnxRuntimeBackend:
     """Load a model of the CPU. The instruction set is chosen first: the kernels read it when they are created."""
+    from services.backends.onnxruntime import OnnxRuntimeBackend  # a gateway's image has no runtime
+
     limits = step_limits(settings)
     loader.set_isa(None if settings.kernels == "auto" else settings.kernels)
     loader.set_threads(limits.threads)
@@ -168,6 +173,8 @@ def artifact_logits(settings: Settings, directory: Path, manifest: ModelManifest
 
 
 def _prove_cpu(directory: Path, manifest: ModelManifest, limits: StepLimits, _scratch: Path) -> Backend:
+    from services.backends.onnxruntime import OnnxRuntimeBackend
+
     return OnnxRuntimeBackend(directory, manifest, limits)
 
 

@@ -52,7 +52,7 @@ class Proxy:
         self.port = 0
         self._upstream = upstream
         self._chance = random.Random(seed)
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # whatever kind the rest of this process prefers
         self._links: set[_Link] = set()
         self._connections: set[asyncio.Task[None]] = set()
 

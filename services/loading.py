@@ -65,7 +65,7 @@ def step_limits(settings: Settings, target: str = "cpu", machine: Machine | None
         max_batch_seqs=settings.max_batch_seqs,
         kv_memory_bytes=settings.kv_memory_bytes or int(machine.free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
         threads=settings.threads or machine.cores,
-        shares_cores=len(settings.model_names) > 1,
+        shares_cores=settings.spin == "no" or (settings.spin == "auto" and len(settings.model_names) > 1),
     )
 
 

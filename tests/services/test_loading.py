@@ -13,7 +13,7 @@ from batcher.backend import BackendError
 from model_store.targets import TARGETS
 from services import loading
 from services.cli import main
-from services.loading import StoredModel, artifact_logits, describe, open_backend
+from services.loading import StoredModel, artifact_logits, describe, open_backend, step_limits
 from services.machine import inspect_machine
 from services.settings import Settings
 from wire.errors import MillraceError
@@ -64,3 +64,11 @@ def test_doctor_leaves_open_what_only_the_gpu_knows(shipped: StoredModel) -> Non
     sized = describe(Settings(kv_memory_bytes=1 << 30), of_target(shipped, "cuda"), machine)
     assert sized["kv_blocks"]
     assert sized["kv_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("spin", "models", "shares"),
+    [("auto", "a", False), ("auto", "a,b", True), ("no", "a", True), ("yes", "a,b", False)],
+)
+def test_threads_spin_between_steps_where_nobody_else_needs_the_cores(spin: str, models: str, shares: bool) -> None:
+    assert step_limits(Settings(spin=spin, models=models)).shares_cores is shares

@@ -95,10 +95,8 @@ class Ledger:
             return
         if (now := time.monotonic()) >= until:  # this one may try; the others wait for what it finds
             self._full[caller.tenant] = (now + FULL_S, full)
-        elif least_tokens > full.room_tokens:
-            error = QueueFull(full.message, retry_after_s=full.retry_after_s)
-            error.room_tokens = full.room_tokens
-            raise error
+        elif full.room_tokens < least_tokens <= full.cap_tokens:  # what can never fit is told so by the queue
+            raise QueueFull(full.message, retry_after_s=full.retry_after_s)
 
     async def submit(self, admitted: Admitted) -> Ticket:
         """Put the request into the queue, or attach to the one that has its id and body.

@@ -104,7 +104,7 @@ class Conflict(MillraceError):
 class QueueFull(MillraceError):
     """The queue holds its cap of tokens, waiting and running; come back after `retry_after_s`.
 
-    `room_tokens`: what would have fitted.
+    `room_tokens`: what would have fitted; `cap_tokens`: what fits at all.
     """
 
     code = "queue_full"
@@ -114,6 +114,7 @@ class QueueFull(MillraceError):
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
         self.room_tokens = 0
+        self.cap_tokens = 0
 
 
 class Unavailable(MillraceError):

@@ -117,5 +117,5 @@ def queue_full(tokens: int, taken: int, cap: int, wait_s: float, *, is_tenant: b
     what = "this tenant's part of the queue is full" if is_tenant else "the queue is full"
     numbers = f"{taken:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
     error = QueueFull(f"{what}: {numbers}", retry_after_s=wait_s)
-    error.room_tokens = max(0, cap - taken)
+    error.room_tokens, error.cap_tokens = max(0, cap - taken), cap
     return error

@@ -225,12 +225,13 @@ async def test_when_the_queue_is_full_those_who_cannot_fit_are_refused_at_the_do
         tickets.check_room(NOBODY, 20)
     assert (second.value.message, second.value.retry_after_s) == (first.value.message, first.value.retry_after_s)
     tickets.check_room(NOBODY, 19)
+    tickets.check_room(NOBODY, 61)  # it will never fit, which the queue says in other words
     tickets.check_room(Caller("another"), 1_000)
     assert queue.submits == 2
     await asyncio.sleep(FULL_S)
-    tickets.check_room(NOBODY, 1_000)  # one may try again
+    tickets.check_room(NOBODY, 60)  # one may try again
     with pytest.raises(QueueFull):
-        tickets.check_room(NOBODY, 1_000)
+        tickets.check_room(NOBODY, 60)
     await tickets.submit(admitted("c", 5))
-    tickets.check_room(NOBODY, 1_000)  # it fitted: the door is open
+    tickets.check_room(NOBODY, 60)  # it fitted: the door is open
     await tickets.close()

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from tests.deploy.panel_queries import PanelQuery, ask_metadata, dashboards, num_points, queries
+from tests.drills.monitoring import Prometheus, call
 from tests.drills.prober import probing, true_exam
 from tests.drills.stack import Size, Stack, clients
 from tests.shipped import shipped_settings
 
 RUN_S: Final = 15
+PROBE_S: Final = 120
 PACE: Final = 600  # an hour ago is six seconds ago, so that there are baselines
 # Panel and legend of queries that may return nothing here, and why.
 EMPTY: Final = {
@@ -51,7 +53,7 @@ class Answer:
 @contextmanager
 def busy_installation(store: Path, directory: Path) -> Iterator[Stack]:
     """One in which everything that the dashboards show has happened, but for faults."""
-    stack = Stack(store, directory, PACE, Size())
+    stack = Stack(store, directory, PACE, Size(has_prober=True))
     with stack.open(), probing(stack, true_exam(stack)), clients(stack, every_s=0.3, max_tokens=30):
         with stack.gateway.client() as client:
             end_s = time.monotonic() + RUN_S
@@ -61,7 +63,18 @@ def busy_installation(store: Path, directory: Path) -> Iterator[Stack]:
                 client.get(f"/streams/{answer.headers['x-generation-id']}", params={"from": 3})
                 client.post("/generate", json={**body, "max_tokens": 600, "deadline_ms": 20})
                 client.post("/generate", json={**body, "max_tokens": -1})
+            await_probe(stack.prometheus)
         yield stack
+
+
+def await_probe(prometheus: Prometheus) -> None:
+    """The prober comes behind everybody else: its first run takes as long as the machine lets it."""
+    end_s = time.monotonic() + PROBE_S
+    while not call(f"http://{prometheus.address}/api/v1/query?query=millrace_probe_items")["data"]["result"]:
+        if time.monotonic() > end_s:
+            raise TimeoutError(f"no run of the prober has ended within {PROBE_S} s")
+        time.sleep(1)
+    time.sleep(2)  # the rules look again
 
 
 def answers(stack: Stack) -> list[Answer]:

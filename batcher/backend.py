@@ -88,10 +88,11 @@ class Backend(Protocol):
     @property
     def limits(self) -> BackendLimits: ...
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         """Run one step: write K/V at slot_mapping, return a token for each row of logits_rows. Raises BackendError.
 
-        R may be 0 (a step of unfinished prefill chunks); token_ids and logits are then empty.
+        `keeps_logits`: they will be read, so nothing may be computed ahead that overwrites them. R may be 0 (a
+        step of unfinished prefill chunks); token_ids and logits are then empty.
         """
         ...
 

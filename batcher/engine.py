@@ -22,6 +22,7 @@ from typing import Final
 
 from batcher.backend import Backend, BackendError, BackendErrorKind, StepOutput
 from batcher.kv_blocks import KVBlockPool
+from batcher.likelihood import forced_logprobs, forces
 from batcher.model_input import pack
 from batcher.policy import adapt_prefill_budget
 from batcher.scheduler import Scheduler
@@ -208,11 +209,13 @@ class Engine:
         with self._pool.reserve(plan.needs) as hold:
             batch, sampling = pack(plan, hold, self._pool.block_size)
             packed_s = self._now()
-            output = self._backend.forward(batch, sampling)
+            is_forced = forces(plan)
+            output = self._backend.forward(batch, sampling, keeps_logits=is_forced)
+            logprobs = forced_logprobs(plan, output) if is_forced else []
             computed_s = self._now()
             token_ids = _token_ids(output, len(batch.logits_rows))
             hold.commit()
-        self._scheduler.commit(plan, token_ids, started_s, computed_s)
+        self._scheduler.commit(plan, token_ids, started_s, computed_s, logprobs)
         self._record(
             StepReport(
                 num_sequences=len(plan.sequences),

@@ -80,7 +80,13 @@ def refusal(generate: Generate, num_logged: int, limits: BackendLimits) -> Millr
         return BadRequest("the prompt is empty", param="prompt_ids")
     if generate.max_tokens < 1:
         return BadRequest(f"max_tokens is {generate.max_tokens}; at least 1 is needed", param="max_tokens")
+    forced = generate.forced_ids
+    if forced and len(forced) != generate.max_tokens:
+        what = f"{len(forced):,} tokens are given, max_tokens is {generate.max_tokens:,}"
+        return BadRequest(f"{what}; they must be equal", param="forced_ids")
     largest, smallest = max(generate.prompt_ids), min(generate.prompt_ids)
+    if forced:
+        largest, smallest = max(largest, max(forced)), min(smallest, min(forced))
     if smallest < 0 or largest >= limits.vocab_size:
         wrong = smallest if smallest < 0 else largest
         return BadRequest(f"token id {wrong} is not in the vocabulary of {limits.vocab_size:,}", param="prompt_ids")

@@ -53,8 +53,10 @@ class Request:
         "epoch",
         "first_scheduled_s",
         "first_token_s",
+        "forced_ids",
         "generate",
         "last_token_s",
+        "logprob",
         "max_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -81,6 +83,8 @@ class Request:
         self.token_ids = array("q", generate.prompt_ids)  # prompt, then completion
         self.token_ids.extend(token_ids_so_far)
         self.num_prompt_tokens = len(generate.prompt_ids)
+        self.forced_ids = generate.forced_ids
+        self.logprob = 0.0  # of the forced ids so far
         self.num_computed_tokens = 0
         self.block_table = BlockTable()
         self.status = RequestStatus.WAITING
@@ -95,6 +99,15 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether its completion is given: then none of it is sampled or sent."""
+        return bool(self.forced_ids)
+
+    @property
+    def next_forced_id(self) -> int:
+        return self.forced_ids[self.num_output_tokens]
 
     @property
     def num_pending_tokens(self) -> int:
@@ -117,12 +130,18 @@ class Request:
             self._hashes.append(block_hash(self._hashes[i], self.token_ids[i * block_size : (i + 1) * block_size]))
         return self._hashes[1 : num_blocks + 1]
 
+    def note_token(self, now: float) -> None:
+        """A token became part of it."""
+        if self.first_token_s is None:
+            self.first_token_s = now
+        self.last_token_s = now
+
     def ends_with(self, token_id: int) -> bool:
         """Whether this next token ends the completion as a stop token."""
         return token_id in self.stop_token_ids and self.num_output_tokens >= self.generate.min_tokens
 
     def usage(self) -> Usage:
-        return Usage(self.num_prompt_tokens, self.num_output_tokens, self.cached_tokens)
+        return Usage(self.num_prompt_tokens, 0 if self.is_forced else self.num_output_tokens, self.cached_tokens)
 
     def timings(self) -> Timings:
         """Where the time went here; a span that never began is 0."""

@@ -150,13 +150,23 @@ class Scheduler:
         insort(self.waiting, request, key=_order)
         self.preemptions += 1
 
-    def commit(self, plan: StepPlan, token_ids: Sequence[int], started_s: float, now: float) -> None:
-        """The plan was computed and its blocks are committed; `token_ids` are the sampled tokens, in order."""
+    def commit(
+        self,
+        plan: StepPlan,
+        token_ids: Sequence[int],
+        started_s: float,
+        now: float,
+        forced_logprobs: Sequence[float] = (),
+    ) -> None:
+        """The plan was computed and its blocks are committed; `token_ids` are the sampled tokens, in order, and
+        `forced_logprobs` are those of the given ones.
+        """
         self.apply_stops()
-        sampled = iter(token_ids)
+        sampled, likelihoods = iter(token_ids), iter(forced_logprobs)
         for s in plan.sequences:
-            token_id = next(sampled) if s.samples else None
             request = s.request
+            token_id = next(sampled) if s.samples else None
+            logprob = next(likelihoods) if s.samples and request.is_forced else None
             if request.status is RequestStatus.WAITING:
                 self._start(request, s.start, started_s)
             elif request.status is not RequestStatus.RUNNING:  # stopped in mid-step: its token was never born
@@ -168,7 +178,9 @@ class Scheduler:
                 self._end(request, RequestStatus.FAILED, error, forget=True)
                 continue
             self._remember(request, s)
-            if token_id is not None:
+            if logprob is not None:
+                self._force(request, logprob, now)
+            elif token_id is not None:
                 self._append(request, token_id, now)
 
     def fail(self, requests: Iterable[Request], error: MillraceError) -> None:
@@ -235,10 +247,16 @@ class Scheduler:
             for i in range(first, last):
                 self.pool.remember(request.block_table[i], hashes[i])
 
+    def _force(self, request: Request, logprob: float, now: float) -> None:
+        """The next token is the given one; only the last one is worth an event."""
+        request.note_token(now)
+        request.logprob += logprob
+        request.token_ids.append(request.next_forced_id)
+        if request.num_output_tokens == request.max_tokens:
+            self._finish(request, "length", request.logprob)
+
     def _append(self, request: Request, token_id: int, now: float) -> None:
-        if request.first_token_s is None:
-            request.first_token_s = now
-        request.last_token_s = now
+        request.note_token(now)
         if request.ends_with(token_id):
             self._finish(request, "stop")
             return
@@ -248,8 +266,8 @@ class Scheduler:
         if index + 1 == request.max_tokens:
             self._finish(request, "length")
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        event = Finished(request.request_id, reason, request.usage(), request.timings())
+    def _finish(self, request: Request, reason: FinishReason, logprob: float | None = None) -> None:
+        event = Finished(request.request_id, reason, request.usage(), request.timings(), logprob)
         self._end(request, RequestStatus.FINISHED, event)
 
     def _end(

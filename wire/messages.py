@@ -58,6 +58,9 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gen
     # Counts from acceptance, on the queue's clock: no other clock matters, and a request sent again stays equal.
     deadline_ms: Annotated[int, Meta(ge=1, le=2_592_000_000)] | None = None
     weight: Weight = 1  # the tenant's share among those who wait
+    # Teacher forcing: the completion is given (max_tokens of them), none is sampled or sent, and Finished has its
+    # likelihood. No end token ends it.
+    forced_ids: list[TokenId] = []
     # Not for workers: what a gateway must know that takes over the stream.
     stop: StopStrings = []
     background: bool = False  # runs on when nobody reads
@@ -137,6 +140,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     reason: FinishReason
     usage: Usage
     timings: Timings = Timings()
+    logprob: float | None = None  # of all forced_ids, natural logarithm
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -95,6 +95,19 @@ ACCURACY: Final = Row("Accuracy", [
         highest=1, alerts=["MillraceAccuracyDrift"],
     ),
     Panel(
+        "How unlikely the right answers are",
+        "Negative log-likelihood of a token of the right answers, with the ends of the mean's 95 % interval. Normal: "
+        "exactly the baseline on one kind of processor.",
+        "short",
+        [
+            Query(probed("nll"), "{{model_name}}"),
+            Query(probed("nll_low"), "{{model_name}} at least"),
+            Query(probed("nll_high"), "{{model_name}} at most"),
+            Query(probed("nll_baseline"), "{{model_name}} baseline"),
+        ],
+        alerts=["MillraceAccuracyDrift"],
+    ),
+    Panel(
         "Drop against the baseline",
         "As a share of it; sure is the lower end of its 95 % interval, item by item. Normal: 0. A P1: a drop over the "
         "dashed line with a sure part above 0, or next tokens over the line.",
@@ -103,6 +116,8 @@ ACCURACY: Final = Row("Accuracy", [
             Query(drop("score"), "{{model_name}} items"),
             Query(probed("drop_low"), "{{model_name}} items, sure"),
             Query(drop("agreement"), "{{model_name}} next tokens"),
+            Query(f"exp({probed('nll')} - {probed('nll_baseline')}) - 1", "{{model_name}} perplexity, up"),
+            Query(probed("nll_rise_low"), "{{model_name}} perplexity, sure"),
         ],
         limits=[Limit(0.03, "red")], can_be_negative=True, alerts=["MillraceAccuracyDrift"],
     ),

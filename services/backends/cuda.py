@@ -139,12 +139,14 @@ class CudaBackend:
         """Whether the device computes a step that nobody has asked for yet."""
         return self._ahead is not None
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         """One step; see Backend.forward. Running out of device memory is CAPACITY, a lost device FATAL."""
         try:
             self._device.attach()
             bucket = self._bucket(batch)
-            return self._step(batch, sampling) if bucket is None else self._decode(bucket, batch, sampling)
+            if bucket is None:
+                return self._step(batch, sampling)
+            return self._decode(bucket, batch, sampling, may_go_ahead=not keeps_logits)
         except BackendError:
             raise
         except Exception as error:  # ONNX Runtime's errors share no base class that its stubs name
@@ -218,7 +220,7 @@ class CudaBackend:
         used = int(batch.past_lens.max()) // self._limits.block_size + 1
         return Bucket(round_up_to_power(extents.rows, self._most.rows), round_up_to_power(used, self._most.blocks))
 
-    def _decode(self, bucket: Bucket, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def _decode(self, bucket: Bucket, batch: ModelInput, sampling: SamplingInput, *, may_go_ahead: bool) -> StepOutput:
         decode = self._decodes.get(bucket) or self._open_bucket(bucket)
         image = self._image[: decode.layout.num_bytes]
         views = decode.layout.views(image)
@@ -229,7 +231,7 @@ class CudaBackend:
             self._device.copy_in(self._inputs, image)
             self._launch_decode(decode, bucket)
             self._fetch(answer, bucket.rows)
-        follower = self._start_ahead(decode, bucket, views, answer)
+        follower = self._start_ahead(decode, bucket, views, answer) if may_go_ahead else None
         self._device.wait(answer.event)
         token_ids = answer.token_ids[: bucket.rows].copy()
         if follower is not None:

@@ -53,7 +53,7 @@ class OnnxRuntimeBackend:
     def limits(self) -> BackendLimits:
         return self._limits
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         """One step; see Backend.forward. What the operators refuse is FATAL: the batcher sent an impossible batch."""
         rows = len(batch.logits_rows)
         for name in _BATCH_INPUTS:

@@ -75,7 +75,7 @@ class ScriptedBackend:
     def limits(self) -> BackendLimits:
         return self._limits
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         """As the protocol says; raises ValueError where `batch` or `sampling` break it: a bug of the batcher."""
         check_model_input(batch, sampling, self._limits)
         number, self._forwards = self._forwards, self._forwards + 1

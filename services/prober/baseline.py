@@ -28,15 +28,20 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     items: Annotated[int, Meta(ge=1)]
     wrong: list[Id]  # items whose whole answer was not the expected one
     missed: list[Id]  # items whose next token was not the expected one
+    nll: dict[Id, float] = {}  # of each item; {}: recorded before likelihoods were measured
 
     @classmethod
     def of(cls, items: Sequence[Item], outcome: Outcome) -> Baseline:
-        return cls(digest_of(items), len(items), _false(outcome.whole), _false(outcome.step))
+        return cls(digest_of(items), len(items), _false(outcome.whole), _false(outcome.step), outcome.nll)
 
     def outcome(self, items: Sequence[Item]) -> Outcome:
         """The same answers by item."""
         wrong, missed = set(self.wrong), set(self.missed)
-        return Outcome({item.id: item.id not in wrong for item in items}, {i.id: i.id not in missed for i in items})
+        return Outcome(
+            whole={item.id: item.id not in wrong for item in items},
+            step={item.id: item.id not in missed for item in items},
+            nll={item.id: self.nll[item.id] for item in items if item.id in self.nll},
+        )
 
 
 class BaselineFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

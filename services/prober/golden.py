@@ -1,8 +1,9 @@
 """Golden items, and the questions that a run asks about them.
 
-An item is a conversation with one right answer. It is asked twice: whole, where the answer must be the expected text,
-and as one step of teacher forcing, where the model is given the beginning of the right answer and must say its next
-token. The second does not depend on what the model said before, so one early slip counts once.
+An item is a conversation with one right answer. It is asked three times: whole, where the answer must be the expected
+text; as one step of teacher forcing, where the model is given the beginning of the right answer and must say its next
+token; and all of the right answer is given, to hear how likely the model finds it. The last two do not depend on what
+the model said before, so one early slip counts once.
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ class Question:
     """What is sent, and what must come back: the text, or (for one step) the token; None = the end of the answer."""
 
     item: str
-    kind: Literal["whole", "step"]
+    kind: Literal["whole", "step", "likelihood"]
     prompt_ids: list[int]
     max_tokens: int
     text: str = ""
     token: int | None = None
+    forced_ids: Sequence[int] = ()  # of a likelihood: the right answer
 
 
 def questions(items: Sequence[Item], model: ServedModel) -> list[Question]:
@@ -95,11 +97,15 @@ def questions(items: Sequence[Item], model: ServedModel) -> list[Question]:
         token = answer[given] if given < len(answer) else None
         asked.append(Question(item.id, "whole", prompt, item.max_tokens, text=item.answer.strip()))
         asked.append(Question(item.id, "step", prompt + answer[:given], 1, token=token))
+        asked.append(Question(item.id, "likelihood", prompt, len(answer), forced_ids=answer))
     return asked
 
 
 def is_right(question: Question, token_ids: Sequence[int], model: ServedModel) -> bool:
-    """Whether this completion is what was expected. An end token is not sent: no token says that the answer is over."""
+    """Whether this completion, of a whole answer or of a step, is what was expected.
+
+    An end token is not sent: no token says that the answer is over.
+    """
     if question.kind == "step":
         return list(token_ids) == ([] if question.token is None else [question.token])
     return model.tokenizer.decode(token_ids, skip_special_tokens=True).strip() == question.text

@@ -11,13 +11,13 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gateway.models import ServedModel
 from services.prober.golden import Question, is_right
 from wire.errors import MillraceError, QueueFull, Unavailable, error_from_code
-from wire.messages import Failed, Generate, Tokens
+from wire.messages import Failed, Finished, Generate, Tokens
 from wire.queue import Queue
 
 TENANT: Final = "millrace-prober"  # a place of its own in the fair shares and in the prefix cache
@@ -25,6 +25,7 @@ LAST: Final = -1  # priority
 PATIENCE_S: Final = 300.0  # for one question: under load, those with priority come first
 TRIES: Final = 2
 LONGEST_WAIT_S: Final = 30.0  # before a full queue is asked again
+WORST_NLL: Final = 1_000.0  # stands for impossible: an infinite mean could not be compared, nor written to a baseline
 
 
 class ProbeFailed(Exception):
@@ -32,12 +33,31 @@ class ProbeFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back."""
+
+    token_ids: Sequence[int]
+    logprob: float  # of all forced ids; 0 if there are none
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """By golden item: was the whole answer right, and was the next token?"""
+    """By golden item: was the whole answer right, was the next token, and how unlikely was the right answer?
+
+    `nll`: mean negative log-likelihood of a token of the answer, in nats; a baseline may lack it.
+    """
 
     whole: dict[str, bool] = field(default_factory=dict)
     step: dict[str, bool] = field(default_factory=dict)
+    nll: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def note(self, question: Question, answer: Answer, model: ServedModel) -> None:
+        if question.kind == "likelihood":
+            self.nll[question.item] = min(WORST_NLL, -answer.logprob / len(question.forced_ids))
+        else:
+            found = self.whole if question.kind == "whole" else self.step
+            found[question.item] = is_right(question, answer.token_ids, model)
 
 
 class Prober:
@@ -63,7 +83,7 @@ class Prober:
     async def run(self) -> Outcome:
         """Ask everything. Raises ProbeFailed; then, and when cancelled, nothing is left running."""
         started_s = time.monotonic()
-        found: dict[str, dict[str, bool]] = {"whole": {}, "step": {}}
+        found = Outcome()
         left = iter(self._questions)
         try:
             async with asyncio.TaskGroup() as group:
@@ -74,13 +94,13 @@ class Prober:
             if bugs is not None or failed is None:
                 raise
             raise ProbeFailed(str(failed.exceptions[0])) from None
-        return Outcome(found["whole"], found["step"], time.monotonic() - started_s)
+        return replace(found, seconds=time.monotonic() - started_s)
 
-    async def _work(self, left: Iterator[Question], found: dict[str, dict[str, bool]]) -> None:
+    async def _work(self, left: Iterator[Question], found: Outcome) -> None:
         for question in left:
-            found[question.kind][question.item] = is_right(question, await self._answer(question), self.model)
+            found.note(question, await self._answer(question), self.model)
 
-    async def _answer(self, question: Question) -> list[int]:
+    async def _answer(self, question: Question) -> Answer:
         problem = ""
         for _ in range(TRIES):
             try:
@@ -92,7 +112,7 @@ class Prober:
                 problem = error.message
         raise ProbeFailed(f"{question.item}: {problem}")
 
-    async def _ask(self, question: Question) -> list[int]:
+    async def _ask(self, question: Question) -> Answer:
         request = Generate(
             request_id=f"probe-{secrets.token_hex(16)}",
             model=self.model.model_id,
@@ -102,6 +122,7 @@ class Prober:
             tenant=TENANT,
             priority=LAST,
             deadline_ms=max(1, round(self._patience_s * 1000)),
+            forced_ids=list(question.forced_ids),
         )
         has_ended = False
         try:
@@ -114,9 +135,8 @@ class Prober:
                 has_ended = True
                 if isinstance(event, Failed):
                     raise error_from_code(event.code)(event.message)
-                if event.reason == "cancelled":
-                    raise Unavailable("cancelled by somebody else")
-            return token_ids
+                return Answer(token_ids, _logprob(question, event))
+            raise Unavailable("the queue has closed")
         finally:
             if not has_ended:
                 with suppress(MillraceError):  # the queue is away: it lets go of what nobody reads
@@ -129,3 +149,13 @@ class Prober:
                 return
             except QueueFull as full:
                 await asyncio.sleep(min(full.retry_after_s or 1.0, self._longest_wait_s))
+
+
+def _logprob(question: Question, end: Finished) -> float:
+    if end.reason == "cancelled":
+        raise Unavailable("cancelled by somebody else")
+    if not question.forced_ids:
+        return 0.0
+    if end.logprob is None:
+        raise Unavailable("the worker gave no likelihood")
+    return end.logprob

@@ -1,13 +1,14 @@
-"""How sure a share of right answers is, and how sure a drop of it is. Closed forms: no random numbers, no tables.
+"""How sure a share or a mean is, and how sure a drop of a share is. Closed forms: no random numbers, no tables.
 
-Both are 95 % intervals. Apart from the prober because they are arithmetic on counts that published examples check.
+All are 95 % intervals. Apart from the prober because they are arithmetic on counts that published examples check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import fmean, stdev
 from typing import Final
 
 Z: Final = 1.959963984540054  # the normal quantile of 97.5 %
@@ -29,6 +30,17 @@ def wilson(right: int, total: int) -> Interval:
     middle = (share + Z * Z / (2 * total)) / (1 + Z * Z / total)
     half = Z / (1 + Z * Z / total) * sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+MEAN_NEEDS: Final = 30  # values, for a mean of them to be nearly normal whatever they are
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """For the mean that `values` are a sample of, by the central limit theorem; None with too few to rely on it."""
+    if len(values) < MEAN_NEEDS:
+        return None
+    half = Z * stdev(values) / sqrt(len(values))
+    return Interval(fmean(values) - half, fmean(values) + half)
 
 
 @dataclass(frozen=True, slots=True)

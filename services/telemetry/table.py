@@ -152,6 +152,18 @@ PROBE_METRICS: Final = (
         ("model_name",),
     ),
     MetricSpec("millrace_probe_agreement_baseline", "gauge", "the same, of the baseline", ("model_name",)),
+    MetricSpec(
+        "millrace_probe_nll", "gauge", "negative log-likelihood of the right answers, nats a token, mean of the items",
+        ("model_name",),
+    ),
+    MetricSpec("millrace_probe_nll_low", "gauge", "lower end of its 95 % interval", ("model_name",)),
+    MetricSpec("millrace_probe_nll_high", "gauge", "upper end of its 95 % interval", ("model_name",)),
+    MetricSpec("millrace_probe_nll_baseline", "gauge", "the same mean, of the baseline", ("model_name",)),
+    MetricSpec(
+        "millrace_probe_nll_rise_low", "gauge",
+        "lower end of the 95 % interval of its rise against the baseline, in nats a token, item by item",
+        ("model_name",),
+    ),
     MetricSpec("millrace_probe_last_success_timestamp_seconds", "gauge", "when a run last ended well", ("model_name",)),
 )  # fmt: skip
 
@@ -178,6 +190,24 @@ class Instruments:
                 self.gauges[name] = Gauge(name, meaning, labels, registry=registry)
             else:
                 self.histograms[name] = Histogram(name, meaning, labels, buckets=spec.buckets, registry=registry)
+        self._counters: dict[tuple[str, ...], Counter] = {}
+        self._histograms: dict[tuple[str, ...], Histogram] = {}
+
+    # What `labels` makes is kept: asking the library for it costs more than counting does, and tokens are counted.
+
+    def counter(self, name: str, *labels: str) -> Counter:
+        """The counter of these label values."""
+        found = self._counters.get((name, *labels))
+        if found is None:
+            found = self._counters[name, *labels] = self.counters[name].labels(*labels)
+        return found
+
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        """The histogram of these label values."""
+        found = self._histograms.get((name, *labels))
+        if found is None:
+            found = self._histograms[name, *labels] = self.histograms[name].labels(*labels)
+        return found
 
 
 Samples = Mapping[str, Iterable[tuple[tuple[str, ...], float]]]

@@ -109,10 +109,10 @@ class SmallMemory:
     def limits(self) -> BackendLimits:
         return self._inner.limits
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         if len(batch.input_ids) > self._max_tokens or len(batch.past_lens) > self._max_seqs:
             raise BackendError(BackendErrorKind.CAPACITY, "out of memory")
-        return self._inner.forward(batch, sampling)
+        return self._inner.forward(batch, sampling, keeps_logits=keeps_logits)
 
     def close(self) -> None:
         self._inner.close()

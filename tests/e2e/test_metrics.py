@@ -111,6 +111,9 @@ def test_a_prober_measures_a_worker_against_its_own_baseline(
             assert value(prober, "millrace_probe_score_baseline") == recorded["score"]
             assert value(prober, "millrace_probe_agreement_baseline") == recorded["agreement"]
             assert (value(prober, "millrace_probe_drop_low") or 1.0) < 0
+            assert value(prober, "millrace_probe_nll") == recorded["nll"] > 0
+            assert value(prober, "millrace_probe_nll_baseline") == recorded["nll"]
+            assert value(prober, "millrace_probe_nll_rise_low") == 0
             first = value(prober, "millrace_probe_last_success_timestamp_seconds") or 0.0
             until(lambda: (value(prober, "millrace_probe_last_success_timestamp_seconds") or 0.0) > first)
             with prober.client() as client:

@@ -86,6 +86,7 @@ class Script:
     """What the worker answers to a request: these tokens (the story, over and over), in events of `burst`."""
 
     answer: Callable[[Generate], Sequence[int]] = lambda request: STORY
+    logprob: Callable[[Generate], float] = lambda request: -0.5 * len(request.forced_ids)
     burst: int = 1
     step_s: float = 0.0
     first_step: asyncio.Event | None = None  # nothing before it is set
@@ -121,7 +122,7 @@ class ScriptedWorker:
         script, request = self.script, lease.request
         if script.first_step is not None:
             await script.first_step.wait()
-        answer = script.answer(request)
+        answer = [] if request.forced_ids else script.answer(request)
         reason: FinishReason = "stop" if len(answer) < request.max_tokens else "length"
         answer = answer[: request.max_tokens]
         sent = len(lease.token_ids)
@@ -142,7 +143,8 @@ class ScriptedWorker:
             await asyncio.sleep(script.step_s)
         usage = Usage(len(request.prompt_ids), sent, cached_tokens=3)
         timings = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
-        await self._publish(lease, Finished(request.request_id, reason, usage, timings))
+        logprob = script.logprob(request) if request.forced_ids else None
+        await self._publish(lease, Finished(request.request_id, reason, usage, timings, logprob))
 
     async def _silence(self, lease: Lease) -> None:
         async def is_refused() -> bool:

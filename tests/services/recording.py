@@ -20,8 +20,8 @@ class RecordingBackend:
     def limits(self) -> BackendLimits:
         return self._backend.limits
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
-        output = self._backend.forward(batch, sampling)
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
+        output = self._backend.forward(batch, sampling, keeps_logits=True)
         self.largest_batch = max(self.largest_batch, len(batch.past_lens))
         for row, key in enumerate(zip(sampling.seed.tolist(), sampling.position.tolist(), strict=True)):
             logits = output.logits[row].copy()

@@ -15,7 +15,7 @@ from kernels.cuda.device import CudaError
 from services.backends.cuda import Bucket, CudaBackend, kind_of, round_up_to_power
 from tests.backends import Chunk, forward, packed
 from tests.services.cuda_emulation import emulated_backend
-from wire.messages import Failed, Generate, SamplingParams, Tokens
+from wire.messages import Failed, Finished, Generate, SamplingParams, Tokens
 
 Requests = Sequence[Generate]
 
@@ -104,6 +104,27 @@ def test_padding_rows_write_nothing() -> None:
     for start in (20, 21):
         forward(backend, [Chunk(ids, start, start + 1, [block]) for block in (5, 6, 7)])
     assert forward(backend, [Chunk(ids, 39, 40, [0])]).token_ids == owner.token_ids
+
+
+def test_a_step_whose_logits_are_wanted_is_not_overtaken() -> None:
+    """Given tokens are compared with the logits: those of a step that was guessed ahead would be another's."""
+    forced = Generate("forced", "pond", [3, 4, 5], 12, forced_ids=list(range(20, 32)))
+
+    def likelihood(backend: CudaBackend) -> float | None:
+        engine = Engine(backend)
+        for each in (*REQUESTS[:2], forced):
+            engine.add(each)
+        ends: dict[str, Finished] = {}
+        while engine.has_work:
+            for append in engine.step():
+                if isinstance(append.event, Finished):
+                    ends[append.event.request_id] = append.event
+        return ends["forced"].logprob
+
+    backend, _ = emulated_backend(look_ahead=True)
+    found = likelihood(backend)
+    assert found is not None
+    assert found == likelihood(PLAIN)
 
 
 def test_logits_that_are_gone_are_refused_and_not_made_up() -> None:

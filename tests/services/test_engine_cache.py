@@ -294,11 +294,11 @@ class _Session:
     def limits(self) -> BackendLimits:
         return self._inner.limits
 
-    def forward(self, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def forward(self, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False) -> StepOutput:
         self._builder.steps.append(len(batch.input_ids))
         if self._builder.builds_in_steps:
             add(self._place)
-        return self._inner.forward(batch, sampling)
+        return self._inner.forward(batch, sampling, keeps_logits=keeps_logits)
 
     def close(self) -> None:
         self._builder.closed += 1

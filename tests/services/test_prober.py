@@ -18,8 +18,8 @@ from services.model_commands import SHIPPED_DIRECTORY
 from services.prober.baseline import Baseline, read_baseline, write_baseline
 from services.prober.golden import Item, Question, is_right, questions, read_golden
 from services.prober.report import ProbeMetrics, Report
-from services.prober.run import Outcome, ProbeFailed, Prober
-from services.prober.statistics import Paired, difference, relative_drop, wilson
+from services.prober.run import WORST_NLL, Outcome, ProbeFailed, Prober
+from services.prober.statistics import Interval, Paired, difference, mean_interval, relative_drop, wilson
 from services.queues.memory import MemoryQueue
 from services.settings import SettingsError
 from tests.contracts.queues import PATIENCE_S, generate
@@ -80,18 +80,51 @@ def test_pairs_are_of_the_same_items() -> None:
         Paired.of(before, {"a": True})
 
 
+def test_the_interval_of_a_mean_is_wrong_as_often_as_it_says() -> None:
+    """Of values that are far from normal, as likelihoods are: most small, a few large."""
+    assert mean_interval([1.0] * 29) is None
+    rng = np.random.default_rng(1)
+    intervals = [mean_interval(rng.exponential(1.0, 720).tolist()) for _ in range(2_000)]
+    missed = sum(found is None or not found.low <= 1.0 <= found.high for found in intervals)
+    assert 0.035 < missed / len(intervals) < 0.065
+    assert mean_interval([0.5] * 30) == Interval(0.5, 0.5)
+
+
+def test_a_small_rise_of_all_items_is_seen_where_no_answer_changes() -> None:
+    items = [f"i{number}" for number in range(40)]
+    right = dict.fromkeys(items, True)
+    before = Outcome(right, right, {item: 0.01 * number for number, item in enumerate(items)})
+    now = Outcome(right, right, {item: nll + 0.04 + 0.0001 * (len(item) % 2) for item, nll in before.nll.items()})
+    report = Report.of("m@1", now, before)
+    assert report.nll_baseline == pytest.approx(0.195)
+    assert report.nll_rise_low is not None
+    assert report.nll_rise_high is not None
+    assert 0.04 <= report.nll_rise_low <= report.nll - 0.195 <= report.nll_rise_high < 0.0402
+    assert "rise, 95 %: 0.040" in report.as_text()
+    same = Report.of("m@1", before, before)
+    assert (same.nll_rise_low, same.nll_rise_high) == (0.0, 0.0)
+
+
+def test_a_baseline_from_before_likelihoods_compares_what_it_has() -> None:
+    right = {"a": True}
+    report = Report.of("m@1", Outcome(right, right, {"a": 0.5}), Outcome(right, right))
+    assert (report.score_baseline, report.nll_baseline, report.nll_rise_low) == (1.0, None, None)
+
+
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_golden_items_are_asked_whole_and_by_one_token() -> None:
+def test_the_shipped_golden_items_are_asked_whole_by_one_token_and_with_their_answer() -> None:
     items = read_golden(GOLDEN)
     asked = questions(items, MODEL)
     assert len(items) >= 600
-    assert [question.kind for question in asked] == ["whole", "step"] * len(items)
+    assert [question.kind for question in asked] == ["whole", "step", "likelihood"] * len(items)
     by_item = {item.id: item for item in items}
     ends = 0
-    for whole, step in zip(asked[::2], asked[1::2], strict=True):
+    for whole, step, likelihood in zip(asked[::3], asked[1::3], asked[2::3], strict=True):
         answer = by_item[whole.item].answer
+        assert (likelihood.prompt_ids, text_of(likelihood.forced_ids)) == (whole.prompt_ids, answer)
+        assert likelihood.max_tokens == len(likelihood.forced_ids)
         given = text_of(step.prompt_ids[len(whole.prompt_ids) :])
         assert step.prompt_ids[: len(whole.prompt_ids)] == whole.prompt_ids
         assert answer.startswith(given)
@@ -164,7 +197,7 @@ async def probed(
 
 def perfect(items: Sequence[Item], wrong: Sequence[str] = ()) -> Callable[[Generate], list[int]]:
     """What a model would say that knows all answers but these."""
-    known = {(*each.prompt_ids, each.max_tokens): each for each in questions(items, MODEL)}
+    known = {(*each.prompt_ids, each.max_tokens): each for each in questions(items, MODEL) if not each.forced_ids}
     answers = {item.id: MODEL.tokenizer.encode(item.answer, add_special_tokens=False) for item in items}
 
     def answer(request: Generate) -> list[int]:
@@ -182,12 +215,13 @@ async def test_a_run_asks_everything_behind_everybody_else_and_a_few_at_a_time()
     async with probed(perfect(golden)) as (prober, queue, worker, items):
         outcome = await prober.run()
         assert outcome.whole == outcome.step == {item.id: True for item in items}
-        assert len(worker.requests) == 40
+        assert outcome.nll == {item.id: 0.5 for item in items}
+        assert len(worker.requests) == 60
         assert {(each.priority, each.tenant, each.sampling.temperature) for each in worker.requests} == {
             (-1, "millrace-prober", 0.0)
         }
         assert all(each.stop_token_ids == [EOS] and each.deadline_ms for each in worker.requests)
-        assert len({each.request_id for each in worker.requests}) == 40
+        assert len({each.request_id for each in worker.requests}) == 60
         assert (await queue.depth()).running_requests == 0
 
 
@@ -235,7 +269,7 @@ def test_a_baseline_of_other_items_is_refused(tmp_path: Path) -> None:
     items = read_golden(GOLDEN, 4)
     right = {item.id: True for item in items}
     path = tmp_path / "baseline.json"
-    write_baseline(path, "m@1", Baseline.of(items, Outcome(right, right)))
+    write_baseline(path, "m@1", Baseline.of(items, Outcome(right, right, {item.id: 0.1 for item in items})))
     with pytest.raises(SettingsError, match="other golden items"):
         read_baseline(path, "m@1", read_golden(GOLDEN, 5))
     path.write_text('{"version": 2}')
@@ -270,7 +304,19 @@ async def test_an_answer_that_failed_once_is_asked_for_again() -> None:
     async with probed(answer, items=6, script=script) as (prober, _, worker, items):
         outcome = await prober.run()
     assert outcome.whole == {item.id: True for item in items}
-    assert len(worker.requests) == 13
+    assert len(worker.requests) == 19
+
+
+async def test_an_impossible_answer_is_a_number_that_can_be_compared(tmp_path: Path) -> None:
+    golden = read_golden(GOLDEN, 4)
+    script = Script(answer=perfect(golden), logprob=lambda request: -math.inf)
+    async with probed(script.answer, items=4, script=script) as (prober, _, _, items):
+        outcome = await prober.run()
+    assert set(outcome.nll.values()) == {WORST_NLL}
+    write_baseline(tmp_path / "b.json", MODEL.model_id, Baseline.of(items, outcome))
+    baseline = read_baseline(tmp_path / "b.json", MODEL.model_id, items)
+    assert baseline is not None
+    assert baseline.outcome(items) == replace(outcome, seconds=0.0)
 
 
 async def test_a_model_that_only_fails_fails_the_run_in_its_words() -> None:
@@ -294,7 +340,7 @@ async def test_a_full_queue_is_waited_for() -> None:
 def test_prometheus_sees_the_last_run_and_no_baseline_that_is_not_there() -> None:
     registry = CollectorRegistry()
     metrics = ProbeMetrics(registry)
-    now = Outcome({"a": True, "b": False}, {"a": True, "b": True}, 1.5)
+    now = Outcome({"a": True, "b": False}, {"a": True, "b": True}, {"a": 0.25, "b": 0.5}, 1.5)
     metrics.show(Report.of("m@1", now, None), 1_700_000_000.0)
 
     def value(name: str) -> float | None:
@@ -302,7 +348,10 @@ def test_prometheus_sees_the_last_run_and_no_baseline_that_is_not_there() -> Non
 
     assert (value("items"), value("score"), value("agreement")) == (2, 0.5, 1.0)
     assert value("last_success_timestamp_seconds") == 1_700_000_000.0
+    assert (value("nll"), value("nll_low"), value("nll_baseline")) == (0.375, None, None)
     assert (value("score_baseline"), value("drop_low"), value("agreement_baseline")) == (None, None, None)
-    metrics.show(Report.of("m@1", now, Outcome({"a": True, "b": True}, {"a": True, "b": True})), 1_700_000_001.0)
-    assert (value("score_baseline"), value("agreement_baseline")) == (1.0, 1.0)
+    both = {"a": True, "b": True}
+    metrics.show(Report.of("m@1", now, Outcome(both, both, {"a": 0.25, "b": 0.25})), 1_700_000_001.0)
+    assert (value("score_baseline"), value("agreement_baseline"), value("nll_baseline")) == (1.0, 1.0, 0.25)
+    assert value("nll_rise_low") is None  # two items say nothing of a mean
     assert math.isclose(value("drop_low") or 0.0, relative_drop(Paired(1, 1, 0, 0)).low)

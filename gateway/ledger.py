@@ -17,6 +17,7 @@ from typing import Final
 
 from gateway.admission import Admitted
 from gateway.caller import Caller
+from gateway.door import Door
 from gateway.models import Models, ServedModel
 from gateway.telemetry import Completed, Telemetry
 from gateway.trace import trace_id
@@ -27,7 +28,6 @@ from wire.queue import Queue, Standing
 logger = logging.getLogger(__name__)
 
 ATTACH_S: Final = 1.0  # between submit and the first reader: only an exception makes it longer
-FULL_S: Final = 0.05  # a refusal stands for so long; then one request tries again
 AGAIN_S: Final = 0.5
 PATIENCE_S: Final = 60.0  # how long a queue that is away is told again that nobody reads a request
 
@@ -72,10 +72,10 @@ class Ledger:
 
     def __init__(self, queue: Queue, models: Models, telemetry: Telemetry) -> None:
         self.queue = queue
+        self.door = Door()
         self._models = models
         self._telemetry = telemetry
         self._live: dict[str, Ticket] = {}
-        self._full: dict[str, tuple[float, QueueFull]] = {}  # by tenant: until when its last refusal is news
         self._abandoning: set[asyncio.Task[None]] = set()
 
     @property
@@ -84,19 +84,6 @@ class Ledger:
         return len(self._live)
 
     # --- coming and going ---------------------------------------------------------------------------------------------
-
-    def check_room(self, caller: Caller, least_tokens: int) -> None:
-        """Raise QueueFull if the queue has said just now that so many tokens do not fit.
-
-        Under overload most requests are refused: then before they are tokenized, and without asking the queue.
-        """
-        until, full = self._full.get(caller.tenant, (0.0, None))
-        if full is None:
-            return
-        if (now := time.monotonic()) >= until:  # this one may try; the others wait for what it finds
-            self._full[caller.tenant] = (now + FULL_S, full)
-        elif full.room_tokens < least_tokens <= full.cap_tokens:  # what can never fit is told so by the queue
-            raise QueueFull(full.message, retry_after_s=full.retry_after_s)
 
     async def submit(self, admitted: Admitted) -> Ticket:
         """Put the request into the queue, or attach to the one that has its id and body.
@@ -107,7 +94,7 @@ class Ledger:
         try:
             is_new = await self.queue.submit(request)
         except QueueFull as full:
-            self._full[request.tenant] = (time.monotonic() + FULL_S, full)
+            self.door.refused(request.tenant, full)
             raise
         except (BadRequest, Conflict):
             raise
@@ -115,7 +102,7 @@ class Ledger:
             if request.request_id not in self._live:
                 self._spawn(self._abandon_in_queue(request.request_id))
             raise
-        self._full.pop(request.tenant, None)
+        self.door.took(request.tenant)
         ticket = self._live.get(request.request_id)
         if ticket is None:
             ticket = Ticket(request.request_id, Facts.of(request), admitted.model, admitted.arrived_at)

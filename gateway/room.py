@@ -37,9 +37,12 @@ class Room:
         health = self.health()
         if health.is_draining:
             raise Unavailable(health.reason or "this server is draining; another one will answer")
+        door = self.ledger.door
         if key is None:  # one that has been used may be answered even now
-            self.ledger.check_room(caller, body.max_tokens or 1)
+            door.check(caller.tenant, (len(body.input_ids) or 1) + (body.max_tokens or 1))
         admitted = await self.admission.admit(body, caller, key)
+        if key is None:
+            door.enter(caller.tenant, admitted.request.max_total_tokens)
         try:
             return await self.ledger.submit(admitted)
         except Conflict as conflict:

@@ -27,6 +27,7 @@ from services.serving import (
     on_signals,
     run_loop,
     say_where,
+    settle,
     uvicorn_config,
 )
 from services.settings import Settings, package_version
@@ -77,6 +78,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
     on_signals(draining, server)
     stop = asyncio.create_task(draining.wait())
     async with watch.running():
+        settle()
         say_where(listener, model_ids, needs_key=keys is not None)
         await asyncio.wait([stop, serving], return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True

@@ -28,6 +28,7 @@ from services.serving import (
     on_signals,
     run_loop,
     say_where,
+    settle,
     uvicorn_config,
 )
 from services.settings import Settings, package_version
@@ -83,6 +84,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
     # Workers first, so that their last tokens still reach clients; then the queue, which ends all readers; then the
     # sockets.
     async with watch.running():
+        settle()
         say_where(listener, model_ids, needs_key=keys is not None)
         code = await crew.work(draining, serving)
     server.should_exit = True

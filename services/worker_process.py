@@ -26,6 +26,7 @@ from services.serving import (
     on_signals,
     probe_routes,
     run_loop,
+    settle,
     uvicorn_config,
 )
 from services.settings import Settings, package_version
@@ -61,6 +62,7 @@ async def _work(settings: Settings, models: Sequence[StoredModel], listener: soc
     on_signals(draining, server)
     served = ", ".join(model.manifest.model_id for model in models)
     await crew.announce()
+    settle()
     print(f"Millrace worker {name} runs {served}; probes at {address_of(listener)}", flush=True)
     code = await crew.work(draining, serving)
     server.should_exit = True

@@ -113,8 +113,26 @@ class QueueFull(MillraceError):
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
-        self.room_tokens = 0
+        self.taken_tokens = 0
         self.cap_tokens = 0
+        self._is_tenant = False
+
+    @property
+    def room_tokens(self) -> int:
+        return max(0, self.cap_tokens - self.taken_tokens)
+
+    @classmethod
+    def of(cls, tokens: int, taken: int, cap: int, wait_s: float | None, *, is_tenant: bool) -> QueueFull:
+        """The refusal of a request of `tokens`; `is_tenant`: by its tenant's part of the queue."""
+        what = "this tenant's part of the queue is full" if is_tenant else "the queue is full"
+        numbers = f"{taken:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
+        error = cls(f"{what}: {numbers}", retry_after_s=wait_s)
+        error.taken_tokens, error.cap_tokens, error._is_tenant = taken, cap, is_tenant
+        return error
+
+    def again(self, tokens: int) -> QueueFull:
+        """The same refusal, of another request."""
+        return self.of(tokens, self.taken_tokens, self.cap_tokens, self.retry_after_s, is_tenant=self._is_tenant)
 
 
 class Unavailable(MillraceError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar, cast
@@ -244,6 +245,14 @@ def request_bytes(fields: Fields) -> bytes:
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """On the fast event loop."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+    """On the fast event loop, as a batch thread (sched(7)): what it wakes up for does not push aside what it measures.
+
+    A client on another machine would not either. Being late for that counts as time of the answer.
+    """
+    usual = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)
+    finally:
+        os.sched_setscheduler(0, usual, os.sched_param(0))

@@ -51,33 +51,30 @@ def soak_text(found: Results) -> str:
 
 
 def overload_text(found: Results) -> str:
-    peak, over, after = found["peak"], found["overload"], found["recovery"]
-    first_peaks = ", ".join(f"{row['clients']}: {row['good_per_s']:g}" for row in found["search"])
-    return "\n".join(
-        [
-            f"capacity, answers/s in time by clients at once: {first_peaks}",
-            f"max_queued_tokens {found['max_queued_tokens']:,} ({found['queue_s']:g} s of the capacity); deadline"
-            f" {found['deadline_s']:g} s",
-            f"before: first token p50 {found['calm']['ttft_ms_p50']} ms, p90 {found['calm']['ttft_ms_p90']} ms",
-            f"peak, {peak['clients']} clients: {peak['good_per_s']:g} answers/s in time ({peak['tokens_per_s']:,}"
-            f" tokens/s); afterwards {found['peak_after']['good_per_s']:g}",
-            f"offered {over['offered_per_s']:g}/s for {over['seconds']:g} s (the client was late by"
-            f" {over['sent_late_ms_p99']} ms at p99): {over['sent']:,} requests",
-            f"  answered whole in time {over['good']:,}, too late {over['late']:,}, refused {over['refused']},"
-            f" errors {over['errors'] or 'none'}, not sent {over['unsent']:,},"
-            f" without an end {over['unfinished']:,}",
-            f"  goodput {over['good_per_s']:g}/s, {over['share_of_peak']:.1%} of the peak; first token p99"
-            f" {over['ttft_ms_p99']} ms",
-            f"  refusals took {over['refusal_ms_p50']} ms at p50, {over['refusal_ms_p99']} ms at p99",
-            f"  processor cores: {', '.join(f'{name} {cores:g}' for name, cores in over['cores'].items())}",
-            f"after the end: queue empty after {_seconds(after['queue_empty_s'])}, first tokens as before after"
-            f" {_seconds(after['ttft_as_before_s'])}",
-        ]
-    )
-
-
-def _seconds(value: float | None) -> str:
-    return "more than was waited" if value is None else f"{value:g} s"
+    capacity = ", ".join(f"{row['clients']}: {row['good_per_s']:g}" for row in found["search"])
+    peaks = ", ".join(f"{row['good_per_s']:g}" for row in found["peaks"])
+    share, least, most = found["share_of_peak"]
+    columns = {
+        "offered/s": "offered_per_s", "good/s": "good_per_s", "late": "late", "not sent": "unsent",
+        "no end": "unfinished", "refused p50, ms": "refusal_ms_p50", "p99, ms": "refusal_ms_p99",
+        "client late p99, ms": "sent_late_ms_p99", "queue empty, s": "queue_empty_s",
+        "as before, s": "ttft_as_before_s",
+    }  # fmt: skip
+    rows: list[list[object]] = [["round", *columns]]
+    rows += [[str(number), *(row[key] for key in columns.values())] for number, row in enumerate(found["overloads"], 1)]
+    lines = [
+        f"capacity, answers/s in time by clients at once: {capacity}",
+        f"max_queued_tokens {found['max_queued_tokens']:,} ({found['queue_s']:g} s of the capacity); deadline"
+        f" {found['deadline_s']:g} s",
+        f"before: first token p50 {found['calm']['ttft_ms_p50']} ms, p90 {found['calm']['ttft_ms_p90']} ms",
+        f"peaks, {found['clients']} clients, answers/s in time: {peaks}",
+        table(rows),
+    ]
+    for number, row in enumerate(found["overloads"], 1):
+        cores = ", ".join(f"{name} {cores:g}" for name, cores in row["cores"].items())
+        lines.append(f"round {number}: refused {row['refused']}, errors {row['errors'] or 'none'}; cores: {cores}")
+    lines.append(f"goodput {share:.1%} of the peak (rounds {least:.1%} to {most:.1%} of the peaks around them)")
+    return "\n".join(lines)
 
 
 def requests_text(found: Results) -> str:

@@ -40,7 +40,7 @@ class Accounts:
             self._note(now_ms, 0)
             is_full = outstanding + tokens > self._cap
             taken, cap = (outstanding, self._cap) if is_full else (of_tenant, tenant_cap)
-            raise queue_full(tokens, taken, cap, self._drain.seconds_for(over), is_tenant=not is_full)
+            raise QueueFull.of(tokens, taken, cap, self._drain.seconds_for(over), is_tenant=not is_full)
 
     def enter(self, entry: Entry, now_ms: int) -> None:
         """Count a new request."""
@@ -110,12 +110,3 @@ def check_size(tokens: int, cap: int, tenant_cap: int) -> None:
         raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; the queue holds {cap:,}")
     if tokens > tenant_cap:
         raise RequestTooLarge(f"prompt and max_tokens make {tokens:,} tokens; a tenant may have {tenant_cap:,} at once")
-
-
-def queue_full(tokens: int, taken: int, cap: int, wait_s: float, *, is_tenant: bool) -> QueueFull:
-    """The refusal of a request of `tokens`, when `taken` of `cap` are taken."""
-    what = "this tenant's part of the queue is full" if is_tenant else "the queue is full"
-    numbers = f"{taken:,} of {cap:,} tokens are taken, the request needs {tokens:,}"
-    error = QueueFull(f"{what}: {numbers}", retry_after_s=wait_s)
-    error.room_tokens, error.cap_tokens = max(0, cap - taken), cap
-    return error

@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.queues.accounts import check_size, queue_full
+from services.queues.accounts import check_size
 from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from services.queues.patience import first_of
 from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
@@ -32,7 +32,7 @@ from services.queues.redis_facts import RedisFacts, redis_facts
 from services.queues.redis_library import Client, call_function, load_library
 from services.queues.redis_news import Subscription
 from services.queues.redis_reader import Follower, Reader
-from wire.errors import Unavailable
+from wire.errors import QueueFull, Unavailable
 from wire.messages import (
     Event,
     Facts,
@@ -141,7 +141,7 @@ class RedisQueue:
             is_tenant = outcome == b"tenant"
             occupied, over, pressed, ended = int(numbers[0]), int(numbers[1]), float(numbers[2]), float(numbers[3])
             wait_s = _seconds_for(over, pressed, ended)
-            raise queue_full(tokens, occupied, tenant_cap if is_tenant else cap, wait_s, is_tenant=is_tenant)
+            raise QueueFull.of(tokens, occupied, tenant_cap if is_tenant else cap, wait_s, is_tenant=is_tenant)
         return bool(outcome == b"accepted")
 
     async def standing(self, request_id: str) -> Standing:

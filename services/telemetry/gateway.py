@@ -24,32 +24,31 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry, model_ids: Sequence[str] = ()) -> None:
         self._logger = logging.getLogger("millrace.requests")
-        made = Instruments(REQUEST_METRICS, registry)
-        self._counters, self._histograms = made.counters, made.histograms
-        self._sockets = made.gauges["millrace_websockets_open"]
+        self._made = Instruments(REQUEST_METRICS, registry)
+        self._sockets = self._made.gauges["millrace_websockets_open"]
         self._tenants: set[str] = set()
         for model in model_ids:
             for name in ("millrace_requests_admitted", "vllm:prompt_tokens", "vllm:generation_tokens"):
-                self._counters[name].labels(model, ENGINE_LABEL)
+                self._made.counter(name, model, ENGINE_LABEL)
 
     def http_answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        self._histograms["millrace_http_request_duration_seconds"].labels(route, method, str(status)).observe(seconds)
+        self._made.histogram("millrace_http_request_duration_seconds", route, method, str(status)).observe(seconds)
 
     def refused(self, code: str) -> None:
-        self._counters["millrace_refused"].labels(code).inc()
+        self._made.counter("millrace_refused", code).inc()
 
     def admitted(self, model: str, tenant: str, prompt_tokens: int, max_tokens: int) -> None:
-        self._counters["millrace_requests_admitted"].labels(model, ENGINE_LABEL).inc()
-        self._counters["vllm:prompt_tokens"].labels(model, ENGINE_LABEL).inc(prompt_tokens)
+        self._made.counter("millrace_requests_admitted", model, ENGINE_LABEL).inc()
+        self._made.counter("vllm:prompt_tokens", model, ENGINE_LABEL).inc(prompt_tokens)
         name = self._tenant(tenant)
-        self._counters["millrace_tenant_requests"].labels(name).inc()
-        self._counters["millrace_tenant_tokens"].labels(name, "prompt").inc(prompt_tokens)
+        self._made.counter("millrace_tenant_requests", name).inc()
+        self._made.counter("millrace_tenant_tokens", name, "prompt").inc(prompt_tokens)
 
     def first_token(self, model: str, seconds: float, trace_id: str) -> None:
         self._observe("vllm:time_to_first_token_seconds", model, seconds, trace_id)
 
     def tokens(self, model: str, count: int, seconds: float) -> None:
-        self._counters["vllm:generation_tokens"].labels(model, ENGINE_LABEL).inc(count)
+        self._made.counter("vllm:generation_tokens", model, ENGINE_LABEL).inc(count)
         if seconds > 0:
             self._observe("vllm:inter_token_latency_seconds", model, seconds / count)
 
@@ -57,11 +56,11 @@ class GatewayMetrics:
         model = completed.model
         if completed.finish_reason in ("stop", "length", "cancelled"):
             reason = "abort" if completed.finish_reason == "cancelled" else completed.finish_reason  # vLLM's word
-            self._counters["vllm:request_success"].labels(model, ENGINE_LABEL, reason).inc()
+            self._made.counter("vllm:request_success", model, ENGINE_LABEL, reason).inc()
         else:
-            self._counters["millrace_requests_failed"].labels(model, ENGINE_LABEL, completed.finish_reason).inc()
+            self._made.counter("millrace_requests_failed", model, ENGINE_LABEL, completed.finish_reason).inc()
         tenant = self._tenant(completed.tenant)
-        self._counters["millrace_tenant_tokens"].labels(tenant, "generated").inc(completed.completion_tokens)
+        self._made.counter("millrace_tenant_tokens", tenant, "generated").inc(completed.completion_tokens)
         self._observe("vllm:e2e_request_latency_seconds", model, completed.total_s, completed.trace_id)
         self._observe("vllm:request_prompt_tokens", model, completed.prompt_tokens)
         self._observe("vllm:request_generation_tokens", model, completed.completion_tokens)
@@ -76,14 +75,14 @@ class GatewayMetrics:
             self._logger.info("request finished", extra=_facts(completed))
 
     def resumed(self) -> None:
-        self._counters["millrace_streams_resumed"].inc()
+        self._made.counters["millrace_streams_resumed"].inc()
 
     def sockets(self, change: int) -> None:
         self._sockets.inc(change)
 
     def _observe(self, name: str, model: str, value: float, trace_id: str = "") -> None:
         exemplar = {"trace_id": trace_id} if trace_id else None
-        self._histograms[name].labels(model, ENGINE_LABEL).observe(value, exemplar)
+        self._made.histogram(name, model, ENGINE_LABEL).observe(value, exemplar)
 
     def _tenant(self, tenant: str) -> str:
         if not tenant:

@@ -10,7 +10,7 @@ import pytest
 from bench.serve.__main__ import MODES
 from bench.serve.client import Answer
 from bench.serve.loops import Outcomes
-from bench.serve.overload import OverloadPlan
+from bench.serve.overload import OverloadPlan, share_of_peak, smallest_good
 from bench.serve.plan import add_flags, read_plan
 from bench.serve.readings import Reading, Sample
 from bench.serve.report import table
@@ -133,6 +133,18 @@ def test_the_queue_is_bounded_by_what_the_capacity_empties_in_its_time() -> None
     plan = OverloadPlan(prompt_tokens=16, new_tokens=128, queue_s=2.0)
     assert plan.max_queued_tokens(100.0) == 28_800
     assert plan.max_queued_tokens(0.01) == 144  # one request at least
+
+
+def test_the_capacity_is_that_of_the_fewest_clients_who_get_as_much_as_any() -> None:
+    search = [{"clients": clients, "good_per_s": rate} for clients, rate in ((32, 94.0), (64, 96.0), (128, 100.0))]
+    assert smallest_good(search)["clients"] == 64
+    assert smallest_good([{"clients": 32, "good_per_s": 0.0}])["clients"] == 32
+
+
+def test_goodput_is_compared_with_the_peaks_of_all_rounds() -> None:
+    peaks = [{"good_per_s": rate} for rate in (100.0, 140.0, 120.0, 80.0)]
+    overloads = [{"good_per_s": rate} for rate in (96.0, 117.0, 110.0)]
+    assert share_of_peak(peaks, overloads) == [1.0, 0.8, 1.1]
 
 
 # --- wrk

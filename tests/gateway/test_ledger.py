@@ -9,7 +9,7 @@ import pytest
 from gateway.admission import Admitted
 from gateway.caller import NOBODY, Caller
 from gateway.completion import fold, follow
-from gateway.ledger import FULL_S, Ledger
+from gateway.ledger import Ledger
 from gateway.models import Models
 from services.queues.memory import MemoryQueue
 from tests.gateway.support import Recorder, rig, served_model, stream, until
@@ -205,33 +205,14 @@ async def test_a_queue_that_closes_ends_streams_with_an_error_that_can_be_retrie
     await tickets.close()
 
 
-class Counting(MemoryQueue):
-    submits = 0
-
-    async def submit(self, request: Generate) -> bool:
-        self.submits += 1
-        return await super().submit(request)
-
-
-async def test_when_the_queue_is_full_those_who_cannot_fit_are_refused_at_the_door_for_a_moment() -> None:
-    queue = Counting(max_queued_tokens=60)
-    tickets, _ = ledger(queue)
+async def test_the_door_hears_what_the_queue_said() -> None:
+    tickets, _ = ledger(MemoryQueue(max_queued_tokens=60))
     await tickets.submit(admitted("a", 40))
-    tickets.check_room(NOBODY, 1_000)  # nothing was refused yet
-    with pytest.raises(QueueFull) as first:
-        await tickets.submit(admitted("b", 30))
-    assert first.value.room_tokens == 19
-    with pytest.raises(QueueFull) as second:
-        tickets.check_room(NOBODY, 20)
-    assert (second.value.message, second.value.retry_after_s) == (first.value.message, first.value.retry_after_s)
-    tickets.check_room(NOBODY, 19)
-    tickets.check_room(NOBODY, 61)  # it will never fit, which the queue says in other words
-    tickets.check_room(Caller("another"), 1_000)
-    assert queue.submits == 2
-    await asyncio.sleep(FULL_S)
-    tickets.check_room(NOBODY, 60)  # one may try again
+    tickets.door.enter("", 1_000)
     with pytest.raises(QueueFull):
-        tickets.check_room(NOBODY, 60)
+        await tickets.submit(admitted("b", 30))
+    with pytest.raises(QueueFull):
+        tickets.door.enter("", 20)
     await tickets.submit(admitted("c", 5))
-    tickets.check_room(NOBODY, 60)  # it fitted: the door is open
+    tickets.door.enter("", 60)  # it fitted: the door is open
     await tickets.close()

@@ -23,7 +23,7 @@ class of this file.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class MillraceError(Exception):
@@ -168,6 +168,7 @@ def _tree(cls: type[MillraceError]) -> list[type[MillraceError]]:
 
 
 _BY_CODE = {cls.code: cls for cls in _tree(MillraceError)[1:]}
+CODES: Final = tuple(sorted(_BY_CODE))
 
 
 def error_from_code(code: str) -> type[MillraceError]:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.telemetry import Completed
 from services.telemetry.table import ENGINE_LABEL, REQUEST_METRICS, Instruments
+from wire.errors import CODES
 
 MAX_TENANTS: Final = 200  # whoever comes later is counted as OTHER
 OTHER: Final = "other"
@@ -19,7 +20,7 @@ ANONYMOUS: Final = "anonymous"  # where no keys are asked for
 class GatewayMetrics:
     """Implements gateway.telemetry.Telemetry.
 
-    `model_ids`: their counters begin at 0, so that a rate sees the first request too.
+    Counters of `model_ids`, and of every error code, begin at 0, so that a rate sees the first one too.
     """
 
     def __init__(self, registry: CollectorRegistry, model_ids: Sequence[str] = ()) -> None:
@@ -27,6 +28,8 @@ class GatewayMetrics:
         self._made = Instruments(REQUEST_METRICS, registry)
         self._sockets = self._made.gauges["millrace_websockets_open"]
         self._tenants: set[str] = set()
+        for code in CODES:
+            self._made.counter("millrace_refused", code)
         for model in model_ids:
             for name in ("millrace_requests_admitted", "vllm:prompt_tokens", "vllm:generation_tokens"):
                 self._made.counter(name, model, ENGINE_LABEL)

@@ -203,6 +203,18 @@ def test_alerts_lead_to_a_dashboard_with_the_choice_that_they_make() -> None:
         assert {name.removeprefix("var-") for name in parse_qs(url.query)} <= choices[url.path.removeprefix("/d/")]
 
 
+def test_alerts_on_our_metrics_lead_to_a_dashboard_that_shows_them() -> None:
+    shown = {
+        each["uid"]: {link["url"] for panel in panels(each) for link in panel["links"] if "url" in link}
+        for each in dashboards()
+    }
+    known = SERIES.keys() | RECORDED | {"up"}
+    for alert in ALERTS:
+        if metrics_in(alert.expr) & known:
+            uid = urlsplit(alert.annotations["dashboard_url"]).path.removeprefix("/d/")
+            assert alert.annotations["runbook_url"] in shown[uid], (alert.name, uid)
+
+
 def test_firing_alerts_of_all_tiers_are_counted_on_the_overview() -> None:
     (overview,) = [dashboard for dashboard in dashboards() if dashboard["uid"] == "millrace-overview"]
     counted = {

@@ -27,6 +27,7 @@ from services.telemetry.gateway import MAX_TENANTS, GatewayMetrics
 from services.telemetry.process import describe_process
 from services.telemetry.table import TABLES
 from services.telemetry.worker import EngineCollector, EngineSource, LeaseMetrics
+from wire.errors import CODES
 from wire.messages import Generate
 from wire.queue import Lease
 
@@ -172,6 +173,17 @@ def test_latencies_lead_to_the_trace_of_a_request_that_has_one() -> None:
         ("vllm:time_to_first_token_seconds", TRACE),
         ("vllm:e2e_request_latency_seconds", TRACE),
     }
+
+
+def test_a_rate_of_errors_sees_the_first_one_of_each_kind() -> None:
+    """A counter that appears with its first event has no rate of it (prometheus.io, "Avoid missing metrics")."""
+    registry = CollectorRegistry()
+    metrics = GatewayMetrics(registry, ["a@1"])
+    assert samples(registry, "millrace_refused_total", "code") == dict.fromkeys(CODES, 0)
+    assert {"internal", "queue_full", "unavailable", "worker_lost"} <= set(CODES)
+    assert samples(registry, "millrace_requests_admitted_total", "model_name") == {"a@1": 0}
+    metrics.refused("unavailable")
+    assert samples(registry, "millrace_refused_total", "code")["unavailable"] == 1
 
 
 def test_tenants_are_counted_by_name_up_to_a_bound() -> None:

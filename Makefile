@@ -52,7 +52,8 @@ monitoring-tools:
 	  { echo "alerts are tested with promtool and amtool, which could not be installed here (Debian: apt install prometheus prometheus-alertmanager)"; exit 1; }
 
 # Builds the images and runs them, sealed, with a worker killed in mid-stream (docs/containers.md): minutes the first time.
-image-test: $(VENV)/.test redis-server
+# IMAGE_ARGS=--compose also starts docker-compose.yml, on its own ports.
+image-test: $(VENV)/.images redis-server
 	$(BIN)/python -m tests.images $(IMAGE_ARGS)
 
 # Is the engine as fast as in another checkout of this repository? make bench-gate BASE=../main
@@ -77,6 +78,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 
 $(VENV)/.check: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS_TEST),check]"
+	@touch $@ $(VENV)/.test $(VENV)/.serve
+
+$(VENV)/.images: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS_TEST),images]"
 	@touch $@ $(VENV)/.test $(VENV)/.serve
 
 $(VENV)/.parity: pyproject.toml | $(BIN)/python

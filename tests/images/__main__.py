@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.e2e.server import ROOT
+from tests.images.compose import alertmanagers, ask, compose, rules, scraped, until
 from tests.images.engine import BASE, Engine, EngineError, find_engine
 from tests.images.scene import Scene
 
@@ -43,6 +44,7 @@ class Claims:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.images", description=(__doc__ or "").split(":", 1)[1])
     parser.add_argument("--cuda", action="store_true", help="also resolve the packages of worker-cuda (downloads)")
+    parser.add_argument("--compose", action="store_true", help="also start docker-compose.yml (ports 8000, 9090, 9093)")
     options = parser.parse_args(arguments)
     try:
         engine = find_engine()
@@ -57,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_image(engine, image, target, base_bytes, claims)
     with tempfile.TemporaryDirectory(prefix="millrace-images-") as directory:
         check_service(engine, images, Path(directory), claims)
+    if options.compose:
+        check_compose(engine, images, claims)
     if options.cuda:
         print(resolve_cuda())
     else:
@@ -105,6 +109,26 @@ def check_service(engine: Engine, images: Mapping[str, str], directory: Path, cl
         print(f"        longest silence {story.gap_s:.2f} s, with a lease of {scene.lease_s:g} s")
         codes = scene.stop()
         claims.check("SIGTERM ends the rest with exit code 0", set(codes.values()) == {0}, codes)
+
+
+def check_compose(engine: Engine, images: Mapping[str, str], claims: Claims) -> None:
+    """The compose file, from nothing to an answer, and watched."""
+    try:
+        with compose(engine, images) as project:
+            project.up()
+            claims.check("docker-compose.yml starts and is healthy", True, ", ".join(project.started))
+            claims.check("the README's request is answered there", "42" in ask())
+            jobs = {"millrace-gateway", "millrace-prober", "millrace-worker"}
+            claims.check(
+                "Prometheus reaches all jobs", until(lambda: set(scraped()) >= jobs and all(scraped().values()))
+            )
+            claims.check(
+                "Prometheus has our alerts and finds Alertmanager", rules() > 20 and until(lambda: alertmanagers() == 1)
+            )
+            codes = project.stop()
+            claims.check("SIGTERM ends ours with exit code 0", set(codes.values()) == {0}, codes)
+    except EngineError as error:
+        claims.check("docker-compose.yml starts and is healthy", False, error)
 
 
 def resolve_cuda() -> str:

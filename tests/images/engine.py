@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,19 @@ class Engine:
 
     def __call__(self, *arguments: str, timeout_s: float = COMMAND_S) -> str:
         """What `arguments` print."""
-        return _output([*self.command, *arguments], timeout_s)
+        return output([*self.command, *arguments], timeout_s)
 
     def build(self, target: str) -> str:
         """The image of a target of our Dockerfile."""
         image = f"{REGISTRY}{target}:test"
-        _output([*self.build_command, "--target", target, "--tag", image, str(ROOT)], BUILD_S)
+        output([*self.build_command, "--target", target, "--tag", image, str(ROOT)], BUILD_S)
         return image
+
+    def build_text(self, text: str, image: str) -> None:
+        """An image of a Dockerfile's text that copies nothing."""
+        with tempfile.TemporaryDirectory(prefix="millrace-image-") as directory:
+            (Path(directory) / "Dockerfile").write_text(text)
+            output([*self.build_command, "--tag", image, directory], BUILD_S)
 
     def start(self, name: str, image: str, *words: str, flags: Sequence[str] = ()) -> None:
         """A sealed container in the background."""
@@ -104,11 +111,12 @@ def _podman(podman: str, buildah: str) -> Engine:
     try:
         engine.facts("image", BASE)
     except EngineError:
-        _output([*bud, "--tag", BASE, str(make_base_files(STORAGE / "base"))], BUILD_S)
+        output([*bud, "--tag", BASE, str(make_base_files(STORAGE / "base"))], BUILD_S)
     return engine
 
 
-def _output(command: Sequence[str], timeout_s: float) -> str:
+def output(command: Sequence[str], timeout_s: float) -> str:
+    """What a command prints. Raises EngineError with its words if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode != 0:
         raise EngineError(

@@ -5,8 +5,9 @@ exactly one terminal event, always. Encoding is msgpack with a schema (msgspec):
 out of bounds are refused while decoding; nothing on the wire is ever code. Constructing a message checks nothing:
 queues decode what they encode before they accept it, so a message out of bounds never reaches another process.
 
-Growth: a Generate with a field its reader does not know is refused (a worker must not ignore half a request), so
-workers are updated before gateways; unknown fields of events are ignored.
+Growth: a Generate with a field its reader does not know is refused (a worker must not ignore half a request), but a
+field at its default does not travel: releases run side by side, and only who uses something new needs new workers.
+Unknown fields of events are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Weight = Annotated[int, Meta(ge=1, le=64)]
 StopStrings = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(max_length=1024)]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the next token is chosen from the logits; the meaning is defined in batcher/sampling.py.
 
     Filters apply in the order temperature, top_k, top_p, min_p. temperature 0 is greedy (lowest id wins a tie).
@@ -42,7 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed = 0
 
 
-class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="generate"):
+class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="generate"):
     """One request for a completion. Travels from a gateway through the queue to one worker at a time."""
 
     request_id: RequestId

@@ -27,7 +27,7 @@ from services.queues.accounts import check_size
 from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from services.queues.patience import first_of
 from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
-from services.queues.redis_codec import append_arguments, read_lease, read_refusals, token_ids, unframed
+from services.queues.redis_codec import append_arguments, read_leases, read_refusals, token_ids, unframed
 from services.queues.redis_facts import RedisFacts, redis_facts
 from services.queues.redis_library import Client, call_function, load_library
 from services.queues.redis_news import Subscription
@@ -220,7 +220,7 @@ class RedisQueue:
         except BaseException:
             nonces.append(nonce)
             raise
-        return [read_lease(*each) for each in found]
+        return read_leases(found)
 
     async def publish(self, appends: Sequence[Append]) -> list[Refusal]:
         if not appends:

@@ -5,12 +5,15 @@ Apart from the queue because it is nothing but format, and has two ends that mus
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from wire.messages import Failed, Finished, Tokens, decode_event, decode_generate, encode
 from wire.queue import Append, Lease, Refusal, RefusalReason
+
+logger = logging.getLogger(__name__)
 
 
 def unframed(data: bytes) -> Iterator[tuple[str, int, bytes, bytes]]:
@@ -49,8 +52,15 @@ def append_arguments(append: Append) -> list[object]:
     return [event.request_id, append.epoch, "x" if isinstance(event, Failed) else "f", 0, encoded, completed]
 
 
-def read_lease(body: bytes, epoch: int, log: bytes, delivery: int, is_suspect: int) -> Lease:
-    return Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery, bool(is_suspect))
+def read_leases(found: Sequence[Sequence[Any]]) -> list[Lease]:
+    """What can be read of what was handed out. The rest is left to lapse: a newer worker may know what it means."""
+    leases: list[Lease] = []
+    for body, epoch, log, delivery, is_suspect in found:
+        try:
+            leases.append(Lease(decode_generate(body), epoch, tuple(token_ids(log)), delivery, bool(is_suspect)))
+        except ValueError as error:
+            logger.error("a request cannot be read; its lease will lapse", extra={"epoch": epoch, "reason": str(error)})
+    return leases
 
 
 def read_refusals(found: Sequence[Sequence[Any]]) -> list[Refusal]:

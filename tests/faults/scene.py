@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import cast
 
@@ -57,8 +58,10 @@ class Process(Server):
 class Scene:
     """The processes. Faults change them from a thread or between awaits; clients only ask where gateways are."""
 
-    def __init__(self, store: Path, directory: Path, stage: Stage) -> None:
+    def __init__(self, store: Path, directory: Path, stage: Stage, checkouts: Sequence[Path] = (ROOT,)) -> None:
+        """`checkouts`: of this repository; processes of each command are started from them in turn."""
         self.stage = stage
+        self._checkouts = {command: cycle(checkouts) for command in ("gateway", "worker")}
         self.redis = RedisServer(directory, keeps_data=True)
         self.gateways: list[Process] = []
         self.workers: list[Process] = []
@@ -132,7 +135,8 @@ class Scene:
         clock = Clock(self._directory / f"clock-{len(os.listdir(self._directory))}") if self.stage.has_clocks else None
         process = subprocess.Popen(
             [sys.executable, "-m", module, command],
-            cwd=ROOT, env=self._environment(clock), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=next(self._checkouts[command]), env=self._environment(clock),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         found = Process(process, "", 0.0, clock=clock)
         self._started.append(found)

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -20,7 +21,7 @@ from services.queues.redis_clients import redis_client
 from tests.contracts.queues import PATIENCE_S, budget, completion, finished, generate, lease_one, tokens
 from tests.redis_server import RedisServer, redis_socket
 from wire.errors import Unavailable
-from wire.messages import Tokens
+from wire.messages import Failed, Tokens, encode
 from wire.queue import Status
 
 LIMITS = QueueLimits(
@@ -68,15 +69,18 @@ class Site:
 
     async def process(self) -> RedisQueue:
         client = await self.client()
-        await client.set(f"mr:{{{self._partition}}}:clock", self._now_ms)
+        await client.set(self.key("clock"), self._now_ms)
         queue = await RedisQueue.open(client, LIMITS, partition=self._partition)
         self._stack.push_async_callback(queue.close)
         return queue
 
+    def key(self, name: str) -> str:
+        return f"mr:{{{self._partition}}}:{name}"
+
     async def advance(self, ms: int, queue: RedisQueue) -> None:
         self._now_ms += ms
         client = await self.client()
-        await client.set(f"mr:{{{self._partition}}}:clock", self._now_ms)
+        await client.set(self.key("clock"), self._now_ms)
         await queue.sweep()
 
 
@@ -133,6 +137,28 @@ async def test_a_gateway_that_dies_leaves_its_requests_time_to_be_resumed_elsewh
         await worker.publish([finished(leases["resumed"], 1)])
         async with asyncio.timeout(PATIENCE_S):
             assert (await reading).token_ids == [5]
+
+
+async def test_a_request_that_cannot_be_read_harms_no_other_and_is_given_up_in_the_end() -> None:
+    """Of a newer gateway, say, that asks for what this worker does not know."""
+    async with open_site() as site:
+        gateway, worker = await site.process(), await site.process()
+        for request_id in ("strange", "plain"):
+            await gateway.submit(generate(request_id))
+        unknown = {**msgspec.msgpack.decode(encode(generate("strange"))), "from_the_future": 1}
+        client: Any = await site.client()
+        await client.hset(site.key("r:strange"), "body", msgspec.msgpack.encode(unknown))
+        (lease,) = await worker.lease(budget())
+        assert lease.request.request_id == "plain"
+        await worker.publish([tokens(lease, 0, 5), finished(lease, 1)])
+        reading = asyncio.create_task(completion(gateway, "strange"))
+        for _ in range(LIMITS.max_deliveries):
+            await site.advance(LIMITS.lease_ms + 1, worker)
+            assert await worker.lease(budget()) == []
+        async with asyncio.timeout(PATIENCE_S):
+            end = (await reading).terminal
+        assert isinstance(end, Failed)
+        assert end.code == "worker_lost"
 
 
 async def until(queue: RedisQueue, request_id: str) -> None:

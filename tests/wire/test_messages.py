@@ -63,6 +63,16 @@ failed_events = st.builds(Failed, names, names, texts, st.booleans())
 events = token_events | finished_events | failed_events
 
 
+def test_a_field_at_its_default_does_not_travel() -> None:
+    """So a release that knows more can be understood by one that knows less, as long as nobody uses what is new."""
+    least = msgspec.msgpack.decode(encode(Generate("r", "m", [1], 2)))
+    assert least.keys() - {"sampling"} == {"type", "request_id", "model", "prompt_ids", "max_tokens"}
+    assert not least.get("sampling")
+    more = msgspec.msgpack.decode(encode(Generate("r", "m", [1], 2, sampling=SamplingParams(top_k=3), priority=1)))
+    assert more.keys() - least.keys() <= {"sampling", "priority"}
+    assert more["sampling"] == {"top_k": 3}
+
+
 @given(requests)
 def test_every_request_comes_out_as_it_went_in(request: Generate) -> None:
     assert decode_generate(encode(request)) == request

@@ -93,7 +93,9 @@ async def _stream(port: int, number: int, tokens: int) -> list[float]:
     prompt = [100 + (number * 37 + position) % 1000 for position in range(PROMPT_TOKENS)]
     fields = {"input_ids": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
     body = json.dumps(fields).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     times = [time.perf_counter()]
     writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)

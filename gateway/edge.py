@@ -138,7 +138,9 @@ class Edge:
             raise BadRequest("the Host header is malformed", param="Host")
         allowed = self._limits.allowed_hosts
         if allowed and match["name"].lower() not in allowed:
-            raise BadRequest("the Host header names a host that is not served here", param="Host")
+            raise BadRequest(
+                "the Host header names a host that is not served here (setting allowed_hosts)", param="Host"
+            )
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         origin = headers.get(b"origin")  # only browsers send one; they let any page open a socket anywhere

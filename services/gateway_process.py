@@ -20,6 +20,7 @@ from services.queue_watch import QueueWatch
 from services.redis_queue import open_queue
 from services.serving import (
     Server,
+    allowed_hosts,
     begin,
     expose_metrics,
     gateway_limits,
@@ -50,7 +51,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
         reason = "draining" if draining.is_set() else "" if queue.is_connected else "Redis is away"
         return Health(is_live=True, is_ready=not reason, is_draining=draining.is_set(), reason=reason)
 
-    limits = gateway_limits(settings)
+    limits = gateway_limits(settings, allowed_hosts(settings, listener, keys))
     served = Models.load([model.directory for model in models], limits)
     model_ids = [model.manifest.model_id for model in models]
     app = create_app(

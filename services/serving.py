@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -29,12 +29,13 @@ from gateway.keys import BadKeyFile, KeyRing
 from gateway.limits import GatewayLimits
 from services.loading import StoredModel, find_model
 from services.model_commands import ensure_shipped
-from services.settings import Settings, SettingsError
+from services.settings import Settings, SettingsError, names_in
 from services.telemetry.exposition import PATH, MetricsServer, metrics_answer
 from services.telemetry.log import configure_logging
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
 ENDING_S = 5.0  # where the answers themselves have ended already
 
 
@@ -79,9 +80,19 @@ def keys_of(settings: Settings, listener: socket.socket) -> KeyRing | None:
     return None
 
 
-def gateway_limits(settings: Settings) -> GatewayLimits:
-    """What clients may send, as the settings say."""
+def allowed_hosts(settings: Settings, listener: socket.socket, keys: KeyRing | None) -> frozenset[str]:
+    """The names that requests may be addressed to; empty = any. The setting's help says why."""
+    named = names_in(settings.allowed_hosts)
+    if not named and keys is None and ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        return LOOPBACK | {settings.host.lower()}
+    return frozenset() if "*" in named else frozenset(name.lower() for name in named)
+
+
+def gateway_limits(settings: Settings, hosts: frozenset[str] = frozenset()) -> GatewayLimits:
+    """What clients may send, as the settings say; `hosts` as allowed_hosts says."""
     return GatewayLimits(
+        allowed_hosts=hosts,
+        allowed_origins=frozenset(names_in(settings.allowed_origins)),
         max_body_bytes=settings.max_body_bytes,
         ws_max_frame_bytes=settings.max_body_bytes,
         cancel_grace_s=settings.cancel_grace_s,

@@ -50,6 +50,18 @@ class Settings:
         str,
         About("without keys_file, may other machines reach the gateway", choices=("no", "yes")),
     ] = "no"
+    allowed_hosts: Annotated[
+        str,
+        About(
+            "host names that requests may be addressed to, comma separated, without ports; * = any. Empty = any, but "
+            "without keys on a loopback address only names of this machine, as a web page whose name is made to point "
+            "here could else read answers"
+        ),
+    ] = ""
+    allowed_origins: Annotated[
+        str,
+        About("web pages that may open WebSockets, comma separated: https://chat.example.com; empty = none"),
+    ] = ""
     redis_url: Annotated[
         str,
         About(
@@ -110,7 +122,12 @@ class Settings:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.models.split(",") if name.strip())
+        return names_in(self.models)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _about() -> dict[str, tuple[type[Scalar], About]]:

@@ -21,6 +21,7 @@ from services.queue_watch import QueueWatch
 from services.queues.memory import MemoryQueue
 from services.serving import (
     Server,
+    allowed_hosts,
     begin,
     expose_metrics,
     gateway_limits,
@@ -62,7 +63,7 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
             reason="draining" if draining.is_set() else "",
         )
 
-    limits = gateway_limits(settings)
+    limits = gateway_limits(settings, allowed_hosts(settings, listener, keys))
     served = Models.load([model.directory for model in models], limits)
     model_ids = [model.manifest.model_id for model in models]
     app = create_app(

@@ -240,7 +240,9 @@ class Client:
 def request_bytes(fields: Fields) -> bytes:
     """POST /generate as it goes over the wire."""
     body = json.dumps(dict(fields)).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     return f"{head}\r\n\r\n".encode() + body
 
 

@@ -48,7 +48,7 @@ class IdleSocket(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         key = base64.b64encode(os.urandom(16)).decode()
         upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
-        head = f"GET /generate/stream HTTP/1.1\r\nHost: bench\r\n{upgrade}\r\nSec-WebSocket-Key: {key}\r\n\r\n"
+        head = f"GET /generate/stream HTTP/1.1\r\nHost: localhost\r\n{upgrade}\r\nSec-WebSocket-Key: {key}\r\n\r\n"
         self._transport.write(head.encode())
 
     def data_received(self, data: bytes) -> None:

@@ -100,6 +100,16 @@ def test_bad_input_gets_its_words_while_a_stream_goes_on(
         assert [token for event in sse(stream) for token in event.get("token_ids") or []] == expected  # type: ignore[attr-defined]
 
 
+def test_a_web_page_whose_name_points_here_is_refused(client: httpx.Client) -> None:
+    """DNS rebinding: to its browser such a page is where the server is, so only the name tells."""
+    body = {"prompt": "Hello", "max_tokens": 1}
+    refused = client.post("/generate", json=body, headers={"host": "attacker.example:8000"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "Host"
+    for host in ("localhost", "localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert client.post("/generate", json=body, headers={"host": host}).status_code == 200
+
+
 def test_a_websocket_frame_that_is_not_json_gets_an_error_and_the_socket_lives_on(server: Server) -> None:
     with connect(server.websocket) as socket_:
         socket_.send("this is not JSON")

@@ -49,12 +49,12 @@ async def hang_worker(drill: Drill) -> None:
     await another_for(drill.scene, victim)
 
 
-async def kill_all_workers(drill: Drill) -> None:
-    """Nobody works for a few seconds; then as many as before."""
+async def kill_all_workers(drill: Drill, least_s: float = 1.0, most_s: float = 5.0) -> None:
+    """Nobody works for a while; then as many as before."""
     scene = drill.scene
     for worker in scene.workers:
         worker.kill()
-    await asyncio.sleep(drill.chance.uniform(1, 5))
+    await asyncio.sleep(drill.chance.uniform(least_s, most_s))
     scene.workers = [await asyncio.to_thread(scene.new_worker) for _ in scene.workers]
 
 
@@ -177,6 +177,9 @@ FAULTS: Mapping[str, Fault] = {
     "F2": Fault("a worker stands still for three leases", freeze_worker),
     "F3": Fault("a worker's engine hangs", hang_worker, Stage(has_breakable_workers=True)),
     "F4": Fault("all workers are killed and come back", kill_all_workers),
+    "F4-minute": Fault(
+        "all workers are killed and come back after a minute", partial(kill_all_workers, least_s=60.0, most_s=60.0)
+    ),
     "F5": Fault("a gateway is killed", kill_gateway, Stage(gateways=2), Manner(resumes=True), streams=100),
     "F6": Fault(
         "clients leave at any byte, others hardly read",

@@ -23,7 +23,7 @@ from gateway.caller import Caller
 from gateway.keys import MAX_KEYS, Key, KeyFile, KeyRing, digest_of, read_keys
 from services.cli import main
 from services.key_commands import create
-from services.serving import keys_of
+from services.serving import allowed_hosts, gateway_limits, keys_of
 from services.settings import Settings, SettingsError
 from tests.e2e.server import ROOT, serve
 from tests.redis_server import RedisServer
@@ -245,6 +245,32 @@ def listening(host: str) -> Iterator[socket.socket]:
 def test_no_keys_are_needed_on_loopback(host: str) -> None:
     with listening(host) as listener:
         assert keys_of(Settings(host=host), listener) is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost"])
+def test_without_keys_on_loopback_only_this_machines_names_are_served(host: str) -> None:
+    """A web page whose name is made to point to 127.0.0.1 is the same origin to a browser: it would read answers."""
+    with listening(host) as listener:
+        found = allowed_hosts(Settings(host=host), listener, None)
+        assert found == {"localhost", "127.0.0.1", "[::1]", host}
+        named = Settings(host=host, allowed_hosts="Chat.example.com, other")
+        assert allowed_hosts(named, listener, None) == {"chat.example.com", "other"}
+        assert allowed_hosts(Settings(host=host, allowed_hosts="*"), listener, None) == frozenset()
+
+
+def test_with_keys_or_by_the_operators_word_any_name_will_do(keys: Keys) -> None:
+    keys.create("--tenant", "a")
+    with listening("127.0.0.1") as listener:
+        settings = Settings(keys_file=str(keys.path))
+        assert allowed_hosts(settings, listener, keys_of(settings, listener)) == frozenset()
+    with listening("0.0.0.0") as listener:
+        assert allowed_hosts(Settings(host="0.0.0.0", open_access="yes"), listener, None) == frozenset()
+
+
+def test_web_pages_that_may_open_sockets_are_the_settings() -> None:
+    limits = gateway_limits(Settings(allowed_origins="https://a.example, http://b.example:3000"))
+    assert limits.allowed_origins == {"https://a.example", "http://b.example:3000"}
+    assert gateway_limits(Settings()).allowed_origins == frozenset()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", ""])

@@ -12,29 +12,13 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from gateway.app import create_app
-from gateway.models import Models
 from gateway.probes import Health
 from services.crew import Crew
+from services.front import open_front
 from services.loading import StoredModel
-from services.queue_watch import QueueWatch
 from services.queues.memory import MemoryQueue
-from services.serving import (
-    Server,
-    allowed_hosts,
-    begin,
-    expose_metrics,
-    gateway_limits,
-    keys_of,
-    on_signals,
-    run_loop,
-    say_where,
-    settle,
-    uvicorn_config,
-)
-from services.settings import Settings, package_version
-from services.telemetry.gateway import GatewayMetrics
-from services.telemetry.process import describe_process
+from services.serving import begin, keys_of, run_loop
+from services.settings import Settings
 
 
 def up(settings: Settings) -> int:
@@ -63,32 +47,13 @@ async def _serve(settings: Settings, models: Sequence[StoredModel], listener: so
             reason="draining" if draining.is_set() else "",
         )
 
-    limits = gateway_limits(settings, allowed_hosts(settings, listener, keys))
-    served = Models.load([model.directory for model in models], limits)
-    model_ids = [model.manifest.model_id for model in models]
-    app = create_app(
-        queue,
-        served,
-        limits=limits,
-        health=health,
-        telemetry=GatewayMetrics(registry, model_ids),
-        keys=keys,
-        version=package_version(),
-    )
-    watch = QueueWatch(queue, model_ids, replica_capacity_tokens=settings.replica_capacity_tokens)
-    registry.register(watch)
-    describe_process(registry, package_version(), [model.manifest for model in models], draining.is_set)
-    expose_metrics(settings, app, registry)
-    server = Server(uvicorn_config(settings, app))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    on_signals(draining, server)
     # Workers first, so that their last tokens still reach clients; then the queue, which ends all readers; then the
     # sockets.
-    async with watch.running():
-        settle()
-        say_where(listener, model_ids, needs_key=keys is not None)
-        code = await crew.work(draining, serving)
-    server.should_exit = True
+    async with open_front(
+        settings, models, listener, queue, keys=keys, registry=registry, draining=draining, health=health
+    ) as front:
+        code = await crew.work(draining, front.serving)
+    front.server.should_exit = True
     await queue.close()
-    await serving
+    await front.serving
     return code

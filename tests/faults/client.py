@@ -112,7 +112,7 @@ def _patience(chance: random.Random) -> int:
 
 
 def _request(history: History, key: str | None) -> bytes:
-    headers = {"Host": "faults", "Connection": "close"}
+    headers = {"Host": "localhost", "Connection": "close"}
     if history.generation_id is not None:
         line, raw = f"GET /streams/{history.generation_id}", b""
         if history.last_event_id is not None:

@@ -20,18 +20,20 @@ from services.cli import main
 
 POISON = (7, 77, 7, 777, 7)
 
-Forward = Callable[[OnnxRuntimeBackend, ModelInput, SamplingInput], StepOutput]
+Forward = Callable[..., StepOutput]
 
 
 def broken(forward: Forward, is_hung: threading.Event) -> Forward:
     """`forward` with the two faults."""
 
-    def hooked(backend: OnnxRuntimeBackend, batch: ModelInput, sampling: SamplingInput) -> StepOutput:
+    def hooked(
+        backend: OnnxRuntimeBackend, batch: ModelInput, sampling: SamplingInput, *, keeps_logits: bool = False
+    ) -> StepOutput:
         if is_hung.is_set():
             threading.Event().wait()
         if is_poisoned(batch):
             os.kill(os.getpid(), signal.SIGKILL)
-        return forward(backend, batch, sampling)
+        return forward(backend, batch, sampling, keeps_logits=keeps_logits)
 
     return hooked
 
@@ -45,5 +47,5 @@ def is_poisoned(batch: ModelInput) -> bool:
 if __name__ == "__main__":
     hang = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: hang.set())
-    OnnxRuntimeBackend.forward = broken(OnnxRuntimeBackend.forward, hang)  # type: ignore[method-assign,assignment]
+    OnnxRuntimeBackend.forward = broken(OnnxRuntimeBackend.forward, hang)  # type: ignore[method-assign]
     sys.exit(main())

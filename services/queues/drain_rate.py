@@ -37,8 +37,12 @@ class DrainRate:
         self._ended_tokens = self._ended_tokens * kept + ended_tokens
 
     def seconds_for(self, tokens: int) -> float:
-        """How long until `tokens` will have left, between SHORTEST_WAIT_S and LONGEST_WAIT_S."""
-        if self._ended_tokens <= 0.0:
-            return LONGEST_WAIT_S
-        seconds = tokens * self._pressed_ms / self._ended_tokens / 1000.0
-        return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, seconds))
+        """How long until `tokens` will have left."""
+        return seconds_to_drain(tokens, self._pressed_ms, self._ended_tokens)
+
+
+def seconds_to_drain(tokens: int, pressed_ms: float, ended_tokens: float) -> float:
+    """How long until `tokens` will have left, at the pace of `ended_tokens` in `pressed_ms`; within the bounds."""
+    if ended_tokens <= 0.0:
+        return LONGEST_WAIT_S
+    return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, tokens * pressed_ms / ended_tokens / 1000.0))

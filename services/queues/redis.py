@@ -24,7 +24,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.queues.accounts import check_size
-from services.queues.drain_rate import LONGEST_WAIT_S, SHORTEST_WAIT_S
+from services.queues.drain_rate import seconds_to_drain
 from services.queues.patience import first_of
 from services.queues.protocol_core import QueueLimits, sealed, taken, unknown, unserved
 from services.queues.redis_codec import append_arguments, read_leases, read_refusals, token_ids, unframed
@@ -140,8 +140,8 @@ class RedisQueue:
         if outcome in (b"full", b"tenant"):
             is_tenant = outcome == b"tenant"
             occupied, over, pressed, ended = int(numbers[0]), int(numbers[1]), float(numbers[2]), float(numbers[3])
-            wait_s = _seconds_for(over, pressed, ended)
-            raise QueueFull.of(tokens, occupied, tenant_cap if is_tenant else cap, wait_s, is_tenant=is_tenant)
+            full = tenant_cap if is_tenant else cap
+            raise QueueFull.of(tokens, occupied, full, seconds_to_drain(over, pressed, ended), is_tenant=is_tenant)
         return bool(outcome == b"accepted")
 
     async def standing(self, request_id: str) -> Standing:
@@ -390,13 +390,6 @@ class RedisQueue:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle[woken] = models
         return woken
-
-
-def _seconds_for(tokens: int, pressed_ms: float, ended_tokens: float) -> float:
-    """As DrainRate.seconds_for, from the three numbers that Redis keeps."""
-    if ended_tokens <= 0.0:
-        return LONGEST_WAIT_S
-    return min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, tokens * pressed_ms / ended_tokens / 1000.0))
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:

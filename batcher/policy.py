@@ -84,12 +84,11 @@ def refusal(generate: Generate, num_logged: int, limits: BackendLimits) -> Millr
     if forced and len(forced) != generate.max_tokens:
         what = f"{len(forced):,} tokens are given, max_tokens is {generate.max_tokens:,}"
         return BadRequest(f"{what}; they must be equal", param="forced_ids")
-    largest, smallest = max(generate.prompt_ids), min(generate.prompt_ids)
-    if forced:
-        largest, smallest = max(largest, max(forced)), min(smallest, min(forced))
-    if smallest < 0 or largest >= limits.vocab_size:
-        wrong = smallest if smallest < 0 else largest
-        return BadRequest(f"token id {wrong} is not in the vocabulary of {limits.vocab_size:,}", param="prompt_ids")
+    for param, ids in (("prompt_ids", generate.prompt_ids), ("forced_ids", forced)):
+        largest, smallest = max(ids, default=0), min(ids, default=0)
+        if smallest < 0 or largest >= limits.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            return BadRequest(f"token id {wrong} is not in the vocabulary of {limits.vocab_size:,}", param=param)
     if total > limits.max_model_len:
         return ContextLengthExceeded(
             f"prompt of {len(generate.prompt_ids):,} plus max_tokens of {generate.max_tokens:,} is {total:,} tokens; "

@@ -74,7 +74,7 @@ def run_overload(plan: OverloadPlan) -> dict[str, Any]:
         search = run(_search(system, plan))
     best = _answered(smallest_good(search), plan)
     bound = plan.max_queued_tokens(best["good_per_s"])
-    # What an operator would set who has seen the search: the queue bounded, the batch where most was answered.
+    # What an operator would set who has seen the search: the queue bounded, the batch no larger than it need be.
     batch = str(best["clients"])
     with separate(kv_memory_bytes=KV_MEMORY_BYTES, max_queued_tokens=str(bound), max_batch_seqs=batch) as system:
         clients = min(best["clients"], bound // plan.request_tokens)

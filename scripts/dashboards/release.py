@@ -30,6 +30,12 @@ def probed(figure: str) -> str:
     return largest(f"millrace_probe_{figure}", BY)
 
 
+def with_interval(figure: str) -> list[Query]:
+    """A figure, the ends of its interval, and the baseline's."""
+    ends = {"": "", "_low": " at least", "_high": " at most", "_baseline": " baseline"}
+    return [Query(probed(f"{figure}{end}"), f"{{{{model_name}}}}{words}") for end, words in ends.items()]
+
+
 def drop(figure: str) -> str:
     """How far a figure is under the baseline's, as a share of it."""
     return f"1 - {probed(figure)} / {probed(f'{figure}_baseline')}"
@@ -75,12 +81,7 @@ ACCURACY: Final = Row("Accuracy", [
         "Golden items answered right",
         "With the ends of the 95 % interval. Normal: the baseline lies between them.",
         "percentunit",
-        [
-            Query(probed("score"), "{{model_name}}"),
-            Query(probed("score_low"), "{{model_name}} at least"),
-            Query(probed("score_high"), "{{model_name}} at most"),
-            Query(probed("score_baseline"), "{{model_name}} baseline"),
-        ],
+        with_interval("score"),
         highest=1, alerts=["MillraceAccuracyDrift", "MillraceBaselineMissing"],
     ),
     Panel(
@@ -99,12 +100,7 @@ ACCURACY: Final = Row("Accuracy", [
         "Negative log-likelihood of a token of the right answers, with the ends of the mean's 95 % interval. Normal: "
         "exactly the baseline on one kind of processor.",
         "short",
-        [
-            Query(probed("nll"), "{{model_name}}"),
-            Query(probed("nll_low"), "{{model_name}} at least"),
-            Query(probed("nll_high"), "{{model_name}} at most"),
-            Query(probed("nll_baseline"), "{{model_name}} baseline"),
-        ],
+        with_interval("nll"),
         alerts=["MillraceAccuracyDrift"],
     ),
     Panel(

@@ -17,7 +17,7 @@ from typing import Final
 from gateway.models import ServedModel
 from services.prober.golden import Question, is_right
 from wire.errors import MillraceError, QueueFull, Unavailable, error_from_code
-from wire.messages import Failed, Finished, Generate, Tokens
+from wire.messages import Failed, Generate, Tokens
 from wire.queue import Queue
 
 TENANT: Final = "millrace-prober"  # a place of its own in the fair shares and in the prefix cache
@@ -135,7 +135,11 @@ class Prober:
                 has_ended = True
                 if isinstance(event, Failed):
                     raise error_from_code(event.code)(event.message)
-                return Answer(token_ids, _logprob(question, event))
+                if event.reason == "cancelled":
+                    raise Unavailable("cancelled by somebody else")
+                if question.forced_ids and event.logprob is None:
+                    raise Unavailable("the worker gave no likelihood")
+                return Answer(token_ids, event.logprob or 0.0)
             raise Unavailable("the queue has closed")
         finally:
             if not has_ended:
@@ -149,13 +153,3 @@ class Prober:
                 return
             except QueueFull as full:
                 await asyncio.sleep(min(full.retry_after_s or 1.0, self._longest_wait_s))
-
-
-def _logprob(question: Question, end: Finished) -> float:
-    if end.reason == "cancelled":
-        raise Unavailable("cancelled by somebody else")
-    if not question.forced_ids:
-        return 0.0
-    if end.logprob is None:
-        raise Unavailable("the worker gave no likelihood")
-    return end.logprob

@@ -7,7 +7,6 @@ cannot wait for a service's health, so the order is kept by hand.
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import subprocess
@@ -29,7 +28,7 @@ FILE: Final = ROOT / "docker-compose.yml"
 GATEWAY: Final = "http://127.0.0.1:8000"
 PROMETHEUS: Final = "http://127.0.0.1:9090"
 HEALTHY_S: Final = 120.0
-# With podman, in this order, each healthy before the next. The third is a command that ends.
+# With podman, in this order, each healthy before the next. `store` is a command that ends.
 ORDER: Final = ("redis", "store", "gateway", "worker", "prober", "prometheus", "alertmanager")
 PACKAGES: Final = "redis-server prometheus prometheus-alertmanager wget"
 # Of the official images what the compose file relies on: the data directory's owner and the first word.
@@ -167,7 +166,7 @@ def ask() -> str:
     body = {"messages": [{"role": "user", "content": "What is 12 + 30?"}]}
     answer = httpx.post(f"{GATEWAY}/generate", json=body, timeout=60)
     answer.raise_for_status()
-    return str(json.loads(answer.text)["text"])
+    return str(answer.json()["text"])
 
 
 def until(holds: Callable[[], bool]) -> bool:
